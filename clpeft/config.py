@@ -1,0 +1,214 @@
+"""The root schema, the resolvers, and the checks made before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from clpeft.registry import PEFT_METHODS, STRATEGIES, STREAMS
+
+
+class ConfigError(ValueError):
+    """A mistake in what the user asked for, told in one sentence."""
+
+
+def nearest(name: str, options: Iterable[str]) -> str:
+    """The options spelled most like `name`, as the end of a sentence; empty if none is near."""
+    known = sorted(options)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if near:
+        return " Did you mean " + " or ".join(f"'{option}'" for option in near) + "?"
+    return f" Known: {', '.join(known)}." if known else ""
+
+
+def one_of(*options: str) -> Any:
+    """A dataclass field that must hold one of some words."""
+    return field(default=MISSING, metadata={"options": options})
+
+
+def at_least(minimum: float, **default: Any) -> Any:
+    """A dataclass field that must hold a number no smaller than `minimum`."""
+    return field(**{"default": MISSING, **default}, metadata={"minimum": minimum})
+
+
+@dataclass
+class WarmupConfig:
+    """The short language-model training that gives a generated model something to adapt."""
+
+    steps: int = at_least(0)
+    batch_size: int = at_least(1)
+    length: int = at_least(8)
+    lr: float = at_least(0)
+    vocabulary: int = at_least(300)
+    # of the model's first weights and of the warm-up; independent of the run's seed, so that all
+    # seeds of a study adapt the same base
+    seed: int = 0
+
+
+@dataclass
+class ModelConfig:
+    """A base model: from the Hub, from a folder, or built from its architecture."""
+
+    name: str = MISSING
+    task_type: str = one_of("sequence_classification", "causal_lm", "seq2seq_lm")
+    hub_id: str | None = None  # a name on the Hugging Face Hub
+    revision: str | None = None
+    path: str | None = None  # a local folder; goes before the Hub
+    architecture: dict[str, Any] | None = None  # a transformers configuration, built from nothing
+    warmup: WarmupConfig | None = None
+    dtype: str = field(
+        default="float32", metadata={"options": ("float32", "bfloat16", "float16", "auto")}
+    )
+    attention: str | None = None  # transformers' attn_implementation
+    trust_remote_code: bool = False
+
+
+@dataclass
+class QuantizationConfig:
+    """How the frozen base is stored."""
+
+    method: str = one_of("none")
+
+
+@dataclass
+class OptimizerConfig:
+    """The optimizer, made anew for every task."""
+
+    name: str = one_of("adamw", "adam", "sgd")
+    lr: float = at_least(0)
+    weight_decay: float = at_least(0, default=0.0)
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = at_least(0, default=1e-8)
+    momentum: float = at_least(0, default=0.0)
+
+
+@dataclass
+class SchedulerConfig:
+    """The course of the learning rate over one task's steps."""
+
+    name: str = one_of("constant", "linear", "cosine")
+    warmup_ratio: float = at_least(0, default=0.0)  # share of a task's steps
+
+
+@dataclass
+class CheckpointConfig:
+    """What is kept to continue a run that was stopped."""
+
+    enabled: bool = True
+    keep: int = at_least(1, default=2)  # the newest N
+
+
+@dataclass
+class TrainingConfig:
+    """How long and in what portions each task is trained."""
+
+    batch_size: int = at_least(1)  # examples per micro-batch, over all processes
+    epochs: int = at_least(1)
+    max_steps: int | None = None  # optimizer steps per task; goes before epochs
+    gradient_accumulation: int = at_least(1)  # micro-batches per optimizer step
+    max_grad_norm: float | None = None
+    precision: str = one_of("no", "bf16", "fp16")
+    gradient_checkpointing: bool = MISSING
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+@dataclass
+class EvaluationConfig:
+    """When and how tasks are scored."""
+
+    batch_size: int = at_least(1)
+    mode: str = one_of("rank", "generate")
+    split: str = one_of("test", "validation")
+    untrained: bool = True  # row 0 of the matrix
+    ahead: bool = True  # the next task, before it is trained: forward transfer
+    max_new_tokens: int = at_least(1)  # evaluation.mode=generate, where no answer is longer
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases."""
+
+    mode: str = one_of("auto", "online", "offline", "disabled")
+    project: str = "clpeft"
+    entity: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class TrackingConfig:
+    """Who watches a run; never changes a result."""
+
+    log_every: int = at_least(1)  # optimizer steps
+    console: bool = True
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: bool = False
+
+
+@dataclass
+class PathsConfig:
+    """Where things lie; never changes a result."""
+
+    output_dir: str = MISSING
+    data_dir: str | None = None
+    cache_dir: str = MISSING
+
+
+@dataclass
+class Config:
+    """One run. The parts typed Any take their schema from the chosen file of their group."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    peft: Any = MISSING
+    strategies: dict[str, Any] = field(default_factory=dict)
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    stream: Any = MISSING
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    paths: PathsConfig = field(default_factory=PathsConfig)
+    seed: int = 0
+    force: bool = False
+
+
+# The parts of a config that can change a result, and those that describe what is being compared.
+RESULT_KEYS = (
+    "model",
+    "peft",
+    "strategies",
+    "quantization",
+    "stream",
+    "optimizer",
+    "scheduler",
+    "training",
+    "evaluation",
+)
+SETTING_KEYS = ("model", "peft", "quantization", "stream", "evaluation")
+
+
+def digest(config: DictConfig, keys: Iterable[str]) -> str:
+    """A name for the content of some parts of a config.
+
+    Args:
+        config: A composed config.
+        keys: Its top-level keys that count. The order of keys inside them counts too, because
+            `strategy=[ewc,replay]` and `strategy=[replay,ewc]` are two runs.
+
+    Returns:
+        Eight hexadecimal digits.
+    """
+    content = {key: OmegaConf.to_container(config, resolve=True)[key] for key in keys}  # type: ignore[index,call-overload]
+    if "training" in content:
+        # how often a run is saved cannot change what it computes
+        content["training"] = {k: v for k, v in content["training"].items() if k != "checkpoint"}
+    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:8]
