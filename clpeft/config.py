@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
-
-from clpeft.registry import PEFT_METHODS, STRATEGIES, STREAMS
 
 
 class ConfigError(ValueError):
@@ -70,6 +65,7 @@ class ModelConfig:
     )
     attention: str | None = None  # transformers' attn_implementation
     trust_remote_code: bool = False
+    adapter_lr: float = at_least(0)  # a learning rate that suits adapters on this model
 
 
 @dataclass

@@ -1,0 +1,5 @@
+"""`python -m clpeft` is `clpeft`."""
+
+from clpeft.cli import main
+
+main()

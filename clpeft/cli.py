@@ -1,0 +1,100 @@
+"""The command line: `clpeft [run]` is a Hydra application, the rest are plain commands."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="clpeft",
+    help="Continual learning of language models with parameter-efficient fine-tuning.\n\n"
+    "`clpeft KEY=VALUE ...` runs an experiment, `clpeft -m KEY=A,B ...` a sweep; "
+    "`clpeft run --help` shows every key, `clpeft list` what can be chosen.",
+    no_args_is_help=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.command(
+    context_settings={"ignore_unknown_options": True, "help_option_names": []},
+    help="Run one experiment, or with -m a sweep; takes Hydra's overrides and flags.",
+)
+def run(overrides: Annotated[list[str] | None, typer.Argument()] = None) -> None:
+    """Hands the command line to Hydra; a mistake in it ends in one sentence and exit code 1."""
+    from hydra import main as hydra_main
+
+    from clpeft.composition import explain, register_schemas
+    from clpeft.experiment import run_composed
+
+    sys.argv = ["clpeft", *(overrides or [])]
+    wants_trace = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
+    # Hydra would print and exit by itself; told to raise, it leaves the wording to us
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    register_schemas()
+    try:
+        hydra_main(config_path="pkg://clpeft.conf", config_name="config", version_base="1.3")(
+            run_composed
+        )()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None or wants_trace:
+            raise
+        typer.echo(f"clpeft: {sentence}", err=True)
+        sys.exit(1)
+
+
+@app.command()
+def resume(directory: Path) -> None:
+    """Continue a stopped run from its directory, with the config that it was created with."""
+    from clpeft.composition import explain
+    from clpeft.experiment import resume_directory
+
+    try:
+        resume_directory(directory)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None:
+            raise
+        typer.echo(f"clpeft: {sentence}", err=True)
+        sys.exit(1)
+
+
+@app.command()
+def report(
+    directories: list[Path],
+    out: Annotated[Path | None, typer.Option(help="Where to write it.")] = None,
+) -> None:
+    """Leaderboard, curves, heatmaps, HTML, CSV and LaTeX over run and sweep directories."""
+    from clpeft.reports import report_on
+
+    sys.exit(report_on(directories, out))
+
+
+@app.command(name="list")
+def list_choices(group: Annotated[str | None, typer.Argument()] = None) -> None:
+    """Show what can be chosen, each with its description and paper."""
+    from clpeft.catalogue import show
+
+    sys.exit(show(group))
+
+
+def main() -> None:
+    """Routes the command line: whatever does not begin with a command's name is a run."""
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands}  # type: ignore[union-attr]
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] not in commands | {"-h", "--help"}:
+        arguments = ["run", *arguments]
+    app(arguments, prog_name="clpeft")
+
+
+if __name__ == "__main__":
+    main()

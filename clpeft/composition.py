@@ -1,0 +1,260 @@
+"""From what the user typed to a checked config, or to one sentence about what was wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from importlib import resources
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from clpeft.config import RESULT_KEYS, Config, ConfigError, digest, nearest
+from clpeft.registry import PEFT_METHODS, STRATEGIES, STREAMS
+from clpeft.strategies.base import Strategy, defines
+
+
+def register_schemas() -> None:
+    """Gives Hydra the schemas of everything that can be chosen, and the run's name as resolver."""
+    store = ConfigStore.instance()
+    store.store(group="schema", name="root", node=Config)
+    for registry in (STRATEGIES, PEFT_METHODS, STREAMS):
+        for entry in registry:
+            store.store(group=f"schema/{registry.kind}", name=entry.name, node=entry.config)
+    shipped = resources.files("clpeft.conf") / "strategy"
+    for entry in STRATEGIES:
+        # a third party's strategy can be chosen without a YAML; its dataclass gives the values
+        if not (shipped / f"{entry.name}.yaml").is_file():
+            package = f"strategies.{entry.name}"
+            store.store(group="strategy", name=entry.name, node=entry.config, package=package)
+    OmegaConf.register_new_resolver("clpeft.run_name", _run_name_of_root, replace=True)
+
+
+def _run_name_of_root(*, _root_: DictConfig) -> str:
+    return f"{_root_.stream.name}/{run_name(_root_)}"
+
+
+def run_name(config: DictConfig) -> str:
+    """A readable name that two different configs never share: `<strategies>-s<seed>-<digest>`."""
+    strategies = "+".join(config.strategies)
+    return f"{strategies}-s{config.seed}-{digest(config, [*RESULT_KEYS, 'seed'])}"
+
+
+def settle(composed: DictConfig) -> Config:
+    """Turns a composed config into its dataclasses, checked as far as no model is needed.
+
+    Args:
+        composed: What Hydra composed, or what a run directory's config.yaml holds.
+
+    Returns:
+        The settings of one run.
+
+    Raises:
+        ConfigError: For anything that could not work, in one sentence.
+    """
+    _check_chosen(composed)
+    typed = OmegaConf.merge(OmegaConf.structured(Config), composed)
+    nodes = [(f"strategies.{name}", STRATEGIES[name].config) for name in composed.strategies]
+    nodes += [("peft", PEFT_METHODS[composed.peft.method].config)]
+    nodes += [("stream", STREAMS[composed.stream.kind].config)]
+    for path, schema in nodes:
+        plain = OmegaConf.to_container(OmegaConf.select(typed, path), resolve=True)
+        OmegaConf.update(
+            typed, path, OmegaConf.merge(OmegaConf.structured(schema), plain), merge=False
+        )
+    config: Config = OmegaConf.to_object(typed)  # type: ignore[assignment]
+    _check_fields(config, "")
+    _check_combination(config)
+    return config
+
+
+def _check_chosen(composed: DictConfig) -> None:
+    for group, registry, name in (
+        ("peft.method", PEFT_METHODS, composed.peft.method),
+        ("stream.kind", STREAMS, composed.stream.kind),
+    ):
+        if name not in registry:
+            options = [entry.name for entry in registry]
+            raise ConfigError(f"{group}={name} does not exist.{nearest(name, options)}")
+    for name, node in composed.strategies.items():
+        if name not in STRATEGIES:
+            options = [entry.name for entry in STRATEGIES]
+            raise ConfigError(
+                f"strategies.{name} sets values for a strategy that does not exist."
+                f"{nearest(str(name), options)}"
+            )
+        typed = dataclasses.is_dataclass(OmegaConf.get_type(composed.strategies, name))
+        if _is_composing(composed) and not typed:
+            given = ", ".join(f"strategies.{name}.{key}" for key in node) or f"strategies.{name}"
+            others = [str(other) for other in composed.strategies if other != name]
+            raise ConfigError(
+                f"{given} is set (by a preset or on the command line) although the strategy "
+                f"'{name}' was not chosen; remove it, or choose strategy="
+                f"{'[' + ','.join([*others, str(name)]) + ']' if others else name}."
+            )
+    if not composed.strategies:
+        raise ConfigError("No strategy is chosen; plain fine-tuning is strategy=finetune.")
+
+
+def _is_composing(composed: DictConfig) -> bool:
+    """Whether schemas are attached: so in a composition, not in a config read from a file."""
+    return dataclasses.is_dataclass(OmegaConf.get_type(composed))
+
+
+def _check_fields(node: Any, path: str) -> None:
+    """Checks every field against the options or the minimum that its dataclass declares."""
+    for field in dataclasses.fields(node):
+        value = getattr(node, field.name)
+        name = f"{path}{field.name}"
+        options = field.metadata.get("options")
+        if options and value not in options:
+            raise ConfigError(
+                f"{name}={value} is not possible; choose one of {', '.join(options)}."
+                f"{nearest(str(value), options) if len(options) > 6 else ''}"
+            )
+        minimum = field.metadata.get("minimum")
+        if minimum is not None and value is not None and value < minimum:
+            raise ConfigError(f"{name}={value} is too small; it must be at least {minimum}.")
+        if dataclasses.is_dataclass(value):
+            _check_fields(value, f"{name}.")
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                if dataclasses.is_dataclass(item):
+                    _check_fields(item, f"{name}.{key}.")
+
+
+def _check_combination(config: Config) -> None:
+    names = list(config.strategies)
+    classes: dict[str, type[Strategy]] = {name: STRATEGIES[name].target for name in names}
+    for name, cls in classes.items():
+        _check_capabilities(config, name, cls)
+        others = [other for other in names if other != name]
+        if cls.is_reference and others:
+            raise ConfigError(
+                f"'{name}' is a reference that other strategies are compared with, so it runs "
+                f"alone; drop it from strategy=[{','.join(names)}] or drop {', '.join(others)}."
+            )
+        for other in others:
+            if other in cls.conflicts:
+                raise ConfigError(
+                    f"'{name}' and '{other}' cannot be combined: {cls.conflicts[other]}."
+                )
+    owners = [name for name, cls in classes.items() if cls.owns_adapters]
+    if len(owners) > 1:
+        raise ConfigError(
+            f"{' and '.join(owners)} cannot be combined: each swaps or grows the adapter itself; "
+            f"choose one of them."
+        )
+    steppers = [n for n, cls in classes.items() if defines(cls(None), "compute_gradients")]
+    if len(steppers) > 1:
+        raise ConfigError(
+            f"{' and '.join(steppers)} cannot be combined: each replaces forward and backward; "
+            f"choose one of them."
+        )
+    if config.evaluation.mode == "generate" and config.model.task_type == (
+        "sequence_classification"
+    ):
+        raise ConfigError(
+            "evaluation.mode=generate needs a model that writes text, but model.task_type is "
+            "sequence_classification; use evaluation.mode=rank."
+        )
+
+
+def _check_capabilities(config: Config, name: str, cls: type[Strategy]) -> None:
+    if config.model.task_type not in cls.task_types:
+        raise ConfigError(
+            f"The strategy '{name}' does not work with model.task_type={config.model.task_type}; "
+            f"it works with {', '.join(sorted(cls.task_types))}."
+        )
+    if cls.peft_types is not None and config.peft.method not in cls.peft_types:
+        raise ConfigError(
+            f"The strategy '{name}' does not work with peft={config.peft.method}; "
+            f"it works with peft={' or peft='.join(sorted(cls.peft_types))}."
+        )
+    if not cls.supports_quantized and config.quantization.method != "none":
+        raise ConfigError(
+            f"The strategy '{name}' needs dense base weights, which quantization="
+            f"{config.quantization.method} does not keep; use quantization=none."
+        )
+    if not cls.supports_gradient_accumulation and config.training.gradient_accumulation > 1:
+        raise ConfigError(
+            f"The strategy '{name}' does not work with training.gradient_accumulation="
+            f"{config.training.gradient_accumulation}; set it to 1 and raise training.batch_size."
+        )
+    if not cls.supports_multi_process and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            f"The strategy '{name}' is not known to give the same result on several processes; "
+            f"start it with one process (WORLD_SIZE is {os.environ['WORLD_SIZE']})."
+        )
+
+
+def explain(error: Exception) -> str | None:
+    """What a mistake in a command line or a config comes down to, in one sentence.
+
+    Args:
+        error: What Hydra, OmegaConf or a check raised.
+
+    Returns:
+        The sentence; None if the error is not about the config.
+    """
+    if isinstance(error, ConfigError):
+        return str(error)
+    text = str(error)
+    cause = error.__cause__ if isinstance(error.__cause__, Exception) else None
+    if isinstance(cause, ConfigError):
+        return str(cause)
+    if unknown := re.search(r"Could not (?:override|append to config.*?) '?([\w.@/-]+)'", text):
+        return _unknown_key(unknown.group(1))
+    if choice := re.search(r"Could not find '([\w/-]+)/([^/']+)'", text):
+        group, name = choice.groups()
+        options = re.findall(r"^\t(\S+)$", text, flags=re.MULTILINE)
+        return f"{group}={name} does not exist.{nearest(name, options)}"
+    if override := re.search(r"Error merging override (\S+)", text):
+        reason = str(cause or text).splitlines()[0].rstrip(".")
+        return f"{override.group(1)} is of the wrong type: {reason}."
+    if isinstance(error, OmegaConfBaseException) or type(error).__module__.startswith("hydra."):
+        lines = [line.strip().rstrip(".") for line in text.splitlines() if line.strip()]
+        key = re.search(r"full_key: (\S+)", text)
+        where = f" (at {key.group(1)})" if key else ""
+        told = [line for line in lines if not re.match(r"(full_key|object_type|reference)", line)]
+        return "; ".join(told) + where + "."
+    return None
+
+
+def _unknown_key(key: str) -> str:
+    parts = key.split(".")
+    if parts[0] == "strategies" and len(parts) > 1:
+        name = parts[1]
+        if name not in STRATEGIES:
+            options = [entry.name for entry in STRATEGIES]
+            return f"{key}: there is no strategy '{name}'.{nearest(name, options)}"
+        fields = [field.name for field in dataclasses.fields(STRATEGIES[name].config)]
+        if len(parts) > 2 and parts[2] not in fields:
+            return f"{key} does not exist: '{name}' has no such setting.{nearest(parts[2], fields)}"
+        return (
+            f"{key} is set although the strategy '{name}' was not chosen; "
+            f"choose strategy={name} or leave it out."
+        )
+    known = sorted(_all_keys())
+    return f"The key '{key}' does not exist.{nearest(key, known) if known else ''}"
+
+
+def _all_keys() -> set[str]:
+    def keys(schema: type, prefix: str) -> set[str]:
+        node = OmegaConf.structured(schema)
+        found = set()
+        for name in node:
+            found.add(f"{prefix}{name}")
+            inner = OmegaConf.get_type(node, name)
+            if dataclasses.is_dataclass(inner):
+                found |= keys(inner, f"{prefix}{name}.")  # type: ignore[arg-type]
+        return found
+
+    groups = {"model", "peft", "strategy", "stream", "optimizer", "scheduler", "training"}
+    found = keys(Config, "") | groups
+    for entry in (*PEFT_METHODS, *STREAMS):
+        found |= keys(entry.config, "peft." if entry in list(PEFT_METHODS) else "stream.")
+    return found

@@ -1,0 +1,175 @@
+"""Base models and their tokenizers, from the Hub, a folder, or built here."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from clpeft.config import ConfigError, ModelConfig
+from clpeft.models.generated import generated_base
+from clpeft.models.objective import (
+    CausalObjective,
+    ClassificationObjective,
+    Objective,
+    Seq2SeqObjective,
+)
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from clpeft.streams.base import Stream
+
+log = logging.getLogger(__name__)
+
+
+def check_model(config: ModelConfig) -> None:
+    """Checks what can be known of a model without loading it.
+
+    Raises:
+        ConfigError: If it has no source, or its folder is not one of a model.
+    """
+    if config.path is not None:
+        folder = Path(config.path).expanduser()
+        if not folder.is_dir():
+            raise ConfigError(
+                f"model.path={config.path} is not a folder; it must hold a model as "
+                f"save_pretrained writes it (config.json, weights, tokenizer)."
+            )
+        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+            raise ConfigError(
+                f"model.path={config.path} holds neither config.json nor adapter_config.json, so "
+                f"it is not a model's folder as save_pretrained writes it."
+            )
+    elif config.hub_id is None and config.architecture is None:
+        raise ConfigError(
+            f"model={config.name} says nowhere what to load; set model.path to a folder, "
+            f"model.hub_id to a name on the Hub, or model.architecture to build one."
+        )
+
+
+def model_source(config: ModelConfig, stream: Stream, cache_dir: Path) -> str:
+    """Where a model is loaded from: a folder or a name on the Hub."""
+    if config.path is not None:
+        return str(Path(config.path).expanduser())
+    if config.architecture is not None:
+        return str(generated_base(config, stream, cache_dir))
+    assert config.hub_id is not None
+    return config.hub_id
+
+
+def load_tokenizer(config: ModelConfig, source: str) -> PreTrainedTokenizerBase:
+    """Loads a model's tokenizer, with a padding token.
+
+    Raises:
+        ConfigError: If it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = _loaded(AutoTokenizer, source, config)
+    if tokenizer.pad_token is None:
+        # padding is masked everywhere, so that any token will do; the usual one is end-of-text
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    config: ModelConfig, source: str, tokenizer: PreTrainedTokenizerBase, labels: int
+) -> PreTrainedModel | PeftModel:
+    """Loads a base model, or one that carries an adapter already.
+
+    Args:
+        config: The model's settings.
+        source: A folder or a name on the Hub.
+        tokenizer: Its tokenizer.
+        labels: Size of the stream's label space, for a classification head.
+
+    Raises:
+        ConfigError: If it cannot be loaded.
+    """
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSeq2SeqLM,
+        AutoModelForSequenceClassification,
+    )
+
+    adapter = Path(source) / "adapter_config.json"
+    base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else None
+    options: dict[str, Any] = {"dtype": _dtype(config.dtype)}
+    if config.attention is not None:
+        options["attn_implementation"] = config.attention
+    auto: Any = {
+        "causal_lm": AutoModelForCausalLM,
+        "seq2seq_lm": AutoModelForSeq2SeqLM,
+        "sequence_classification": AutoModelForSequenceClassification,
+    }[config.task_type]
+    if config.task_type == "sequence_classification":
+        options |= {"num_labels": labels, "ignore_mismatched_sizes": True}
+    model = _loaded(auto, base or source, config, **options)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if base is None:
+        return model
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, source, is_trainable=True)
+
+
+def make_objective(
+    config: ModelConfig,
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    allowed: torch.Tensor,
+) -> Objective:
+    """The forward pass and loss that go with a model.
+
+    Args:
+        config: The model's settings.
+        model: The loaded model.
+        tokenizer: Its tokenizer.
+        allowed: Labels that compete, for a classification head: bool [tasks, labels].
+    """
+    if config.task_type == "sequence_classification":
+        return ClassificationObjective(allowed)
+    if config.task_type == "causal_lm":
+        return CausalObjective()
+    start = model.config.decoder_start_token_id  # type: ignore[union-attr]
+    return Seq2SeqObjective(start, tokenizer.pad_token_id)  # type: ignore[arg-type]
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """How many numbers a model holds and how many of them train: (total, trainable)."""
+    parameters = list(model.parameters())
+    return (
+        sum(p.numel() for p in parameters),
+        sum(p.numel() for p in parameters if p.requires_grad),
+    )
+
+
+def _dtype(name: str) -> torch.dtype | str:
+    if name == "auto":
+        return name
+    return {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }[name]
+
+
+def _loaded(auto: Any, source: str, config: ModelConfig, **options: Any) -> Any:
+    try:
+        return auto.from_pretrained(
+            source,
+            revision=config.revision or "main",
+            trust_remote_code=config.trust_remote_code,
+            **options,
+        )
+    except (OSError, ValueError) as error:
+        where = f"model.path={source}" if config.path else f"the Hub name '{source}'"
+        raise ConfigError(
+            f"{auto.__name__} could not load model={config.name} from {where} "
+            f"({str(error).splitlines()[0]}); point model.path at a folder that holds it."
+        ) from error

@@ -1,0 +1,113 @@
+"""What a model is trained to do and how wrong it is, per task type."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from clpeft.streams.batching import Batch
+
+IGNORED = -100
+
+
+def shift_right(labels: Tensor, start: int, pad: int) -> Tensor:
+    """What a decoder reads while it is taught to write `labels`.
+
+    Args:
+        labels: Target token ids [B, L], -100 where there is none.
+        start: The id that decoding starts with.
+        pad: The id that stands in for -100.
+
+    Returns:
+        Token ids [B, L]: `start`, then the labels without their last column.
+    """
+    shifted = torch.roll(labels, 1, dims=1)
+    shifted[:, 0] = start
+    return shifted.masked_fill(shifted == IGNORED, pad)
+
+
+class Objective:
+    """Forward pass and loss of one task type.
+
+    Losses are sums of negative log-likelihoods; the loop divides them by the number of targets of
+    a whole optimizer step, so that accumulation over micro-batches of unequal length is exact.
+    """
+
+    def forward(self, model: nn.Module, batch: Batch) -> Any:
+        """Runs the model on a batch; returns its output, whose `logits` the losses read."""
+        return model(**batch.inputs)
+
+    def per_example(self, outputs: Any, batch: Batch) -> Tensor:
+        """Negative log-likelihood of each example, summed over its targets: [B], in nats."""
+        logits, labels = self._targets(outputs, batch)
+        flat = F.cross_entropy(
+            logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        return flat.view(len(batch), -1).sum(dim=1)
+
+    def total(self, outputs: Any, batch: Batch) -> Tensor:
+        """Negative log-likelihood summed over the targets of all examples: a scalar, in nats."""
+        logits, labels = self._targets(outputs, batch)
+        return F.cross_entropy(
+            logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+
+    def predicted(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits and labels as the loss sees them: [..., K] in float32, and [...] with -100."""
+        return self._targets(outputs, batch)
+
+    def _targets(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+
+class ClassificationObjective(Objective):
+    """A head over the stream's whole label space, masked to the labels that compete.
+
+    Args:
+        allowed: Which labels compete for an example of each task: bool [tasks, labels].
+    """
+
+    def __init__(self, allowed: Tensor) -> None:
+        self.allowed = allowed
+        self.masks = not bool(allowed.all())
+
+    def _targets(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        logits = outputs.logits.float()
+        if self.masks:
+            logits = logits.masked_fill(~self.allowed[batch.task_ids], float("-inf"))
+        return logits, batch.labels
+
+
+class CausalObjective(Objective):
+    """Next-token prediction over the answer only."""
+
+    def _targets(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        # position t predicts token t+1; the last position predicts nothing
+        labels = F.pad(batch.labels, (0, 1), value=IGNORED)[:, 1:].contiguous()
+        return outputs.logits.float(), labels
+
+
+class Seq2SeqObjective(Objective):
+    """An encoder reads the prompt, a decoder writes the answer.
+
+    Args:
+        start: The id that decoding starts with.
+        pad: The padding id.
+    """
+
+    def __init__(self, start: int, pad: int) -> None:
+        self.start = start
+        self.pad = pad
+
+    def forward(self, model: nn.Module, batch: Batch) -> Any:
+        decoder_input_ids = shift_right(batch.labels, self.start, self.pad)
+        return model(**batch.inputs, decoder_input_ids=decoder_input_ids)
+
+    def _targets(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        return outputs.logits.float(), batch.labels

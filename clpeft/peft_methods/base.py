@@ -1,0 +1,62 @@
+"""What every PEFT method's settings have, and how a method is applied to a model."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import MISSING
+
+from clpeft.config import ConfigError
+from clpeft.registry import PEFT_METHODS
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+PEFT_TASK_TYPES = {
+    "sequence_classification": "SEQ_CLS",
+    "causal_lm": "CAUSAL_LM",
+    "seq2seq_lm": "SEQ_2_SEQ_LM",
+}
+
+
+@dataclass
+class PeftMethodConfig:
+    """Settings that every PEFT method has."""
+
+    method: str = MISSING
+
+
+def apply_peft(
+    model: PreTrainedModel | PeftModel, config: Any, task_type: str
+) -> PreTrainedModel | PeftModel:
+    """Puts the adapter on a model, once; leaves trainable just what the method trains.
+
+    Args:
+        model: A base model, or one that carries an adapter already, which is kept as it is.
+        config: Settings of the chosen method.
+        task_type: sequence_classification, causal_lm or seq2seq_lm.
+
+    Returns:
+        The model to train.
+
+    Raises:
+        ConfigError: If the adapter that the model carries is of another kind than `config`
+            asks for, or nothing in the model can be adapted.
+    """
+    from peft import PeftModel
+
+    if isinstance(model, PeftModel):
+        carried = model.peft_config[model.active_adapter].peft_type.value.lower()
+        if carried != config.method:
+            raise ConfigError(
+                f"peft={config.method} was asked for, but the model at {model.name_or_path} carries"
+                f" a {carried} adapter already; choose peft={carried} or start from its base model."
+            )
+        log.info("the model carries its %s adapter already; it is not wrapped again", carried)
+        return model
+    return PEFT_METHODS[config.method].target(model, config, task_type)

@@ -1,0 +1,23 @@
+"""Full fine-tuning: no adapter, every parameter trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from clpeft.peft_methods.base import PeftMethodConfig
+from clpeft.registry import PEFT_METHODS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass
+class FullConfig(PeftMethodConfig):
+    """Settings of full fine-tuning: none."""
+
+
+@PEFT_METHODS.register("full", config=FullConfig)
+def apply_full(model: PreTrainedModel, config: FullConfig, task_type: str) -> PreTrainedModel:
+    """Leaves the model as it is, with every parameter trainable."""
+    return model.requires_grad_(True)

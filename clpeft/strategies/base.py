@@ -1,0 +1,149 @@
+"""The contract between a strategy and the loop."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from clpeft.config import nearest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from datasets import Dataset
+    from torch import Tensor
+
+    from clpeft.streams.batching import Batch
+    from clpeft.streams.tokenize import EncodedTask
+    from clpeft.training.run import Run
+
+
+@dataclass
+class StrategyConfig:
+    """Settings of a strategy that has none."""
+
+
+class Strategy:
+    """A continual-learning strategy: it changes training through hooks; each is optional.
+
+    Hooks take values and return values; gradients are the one thing changed in place. A strategy
+    never owns the optimizer and never calls backward on the loop's graph. Every public method of
+    a subclass must be a hook below, so that a misspelt hook is an error when the class is defined
+    rather than a strategy that silently does nothing; helpers start with an underscore.
+
+    Args:
+        config: The settings, an instance of the dataclass the strategy was registered with.
+    """
+
+    # What the strategy can do; checked when a run is composed, before a model is loaded.
+    needs_task_id_at_eval: ClassVar[bool] = False
+    owns_adapters: ClassVar[bool] = False  # swaps, grows or freezes the adapter's parameters
+    task_types: ClassVar[frozenset[str]] = frozenset(
+        {"sequence_classification", "causal_lm", "seq2seq_lm"}
+    )
+    peft_types: ClassVar[frozenset[str] | None] = None  # None: any, `full` included
+    supports_quantized: ClassVar[bool] = True
+    supports_multi_process: ClassVar[bool] = False
+    supports_gradient_accumulation: ClassVar[bool] = True
+    # A reference point (a bound or the plain baseline) rather than a method: runs alone.
+    is_reference: ClassVar[bool] = False
+    is_bound: ClassVar[bool] = False
+    # Strategies it cannot be combined with: name -> the reason, as the end of a sentence.
+    conflicts: ClassVar[dict[str, str]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name, member in vars(cls).items():
+            if name[0] != "_" and inspect.isfunction(member) and name not in HOOKS:
+                raise TypeError(
+                    f"{cls.__name__}.{name} is not a hook of Strategy, so nothing would call it."
+                    f"{nearest(name, HOOKS)} (helpers start with an underscore)"
+                )
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def setup(self, run: Run) -> None:
+        """Once per process, before the first task; also on resume."""
+
+    def before_task(self, run: Run, task: EncodedTask) -> None:
+        """Grows, freezes or activates adapters; before the optimizer is made."""
+
+    def train_examples(self, run: Run, task: EncodedTask, examples: Dataset) -> Dataset:
+        """Extends or replaces this task's training set; an empty one skips the task's training."""
+        return examples
+
+    def transform_batch(self, run: Run, batch: Batch) -> Batch:
+        """Changes a micro-batch before it is trained on; chained over strategies."""
+        return batch
+
+    def compute_gradients(self, run: Run, batch: Batch) -> Tensor:
+        """Replaces forward and backward; at most one strategy may define it.
+
+        Returns:
+            The loss to be logged, detached.
+        """
+        raise AssertionError("only called on strategies that define it")
+
+    def loss_terms(self, run: Run, batch: Batch, outputs: Any) -> dict[str, Tensor]:
+        """Terms added to the task loss of one micro-batch, each logged as train/loss/<name>.
+
+        The loop divides each by the number of micro-batches of a step, so that a term that does
+        not depend on the data counts once per step.
+        """
+        return {}
+
+    def transform_gradients(self, run: Run) -> dict[str, float | Tensor]:
+        """Changes `.grad` in place, once per optimizer step, before clipping.
+
+        The gradients are accumulated, synchronised and unscaled.
+
+        Returns:
+            What to log, as train/gradient/<name>, or as train/loss/<name> where the key starts
+            with `loss/`. Values may stay tensors; they are read only when logged.
+        """
+        return {}
+
+    def after_step(self, run: Run) -> None:
+        """After the optimizer step."""
+
+    def after_task(self, run: Run, task: EncodedTask) -> None:
+        """After a task's last step, before it is evaluated; in reversed order of strategies."""
+
+    def evaluating(self, run: Run, task: EncodedTask | None) -> AbstractContextManager[Any]:
+        """Around the evaluation of a task; `task` is None when its identity is withheld."""
+        return nullcontext()
+
+    def save_adapter(self, run: Run, task: EncodedTask, directory: Path) -> bool:
+        """Writes the adapter as it serves `task`, where the model's own does not say it all.
+
+        Returns:
+            Whether it was written; if not, the model's current adapter is.
+        """
+        return False
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a later process needs to continue: nested dicts and lists of tensors, numbers,
+        strings, None."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave, after `setup`."""
+
+
+HOOKS = frozenset(
+    name for name, member in vars(Strategy).items() if inspect.isfunction(member) and name[0] != "_"
+)
+
+
+def defines(strategy: Strategy, hook: str) -> bool:
+    """Whether a strategy has its own version of a hook."""
+    return getattr(type(strategy), hook) is not getattr(Strategy, hook)
+
+
+def with_hook(strategies: Iterable[Strategy], hook: str) -> list[Strategy]:
+    """The strategies that define a hook, in their order."""
+    return [strategy for strategy in strategies if defines(strategy, hook)]
