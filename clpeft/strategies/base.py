@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from clpeft.config import nearest
+from clpeft.config import Config, nearest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -66,6 +66,13 @@ class Strategy:
     def __init__(self, config: Any) -> None:
         self.config = config
 
+    def check(self, config: Config) -> None:
+        """Refuses settings that cannot work in this run; called before a model is loaded.
+
+        Raises:
+            ConfigError: In one sentence: what is wrong, where it came from, what would be right.
+        """
+
     def setup(self, run: Run) -> None:
         """Once per process, before the first task; also on resume."""
 
@@ -102,8 +109,9 @@ class Strategy:
         The gradients are accumulated, synchronised and unscaled.
 
         Returns:
-            What to log, as train/gradient/<name>, or as train/loss/<name> where the key starts
-            with `loss/`. Values may stay tensors; they are read only when logged.
+            What to log, as train/gradient/<name>, or as train/<key> where the key has a slash
+            (`loss/ewc`). Values may stay tensors; they are read only where `run.logging` is true,
+            so what is costly to compute need not be there otherwise.
         """
         return {}
 

@@ -1,0 +1,101 @@
+"""One experiment: a composed config in, a run directory with results out."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from clpeft.composition import settle
+from clpeft.config import Config, ConfigError
+from clpeft.rundir import RunDirectory
+
+log = logging.getLogger(__name__)
+
+
+def run_composed(composed: DictConfig) -> float | None:
+    """What `clpeft run` does with the config that Hydra composed."""
+    from hydra.core.hydra_config import HydraConfig
+
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    return launch(composed, directory)
+
+
+def resume_directory(directory: Path) -> float | None:
+    """What `clpeft resume` does: continues a run with the config frozen in its directory."""
+    if not (directory / "config.yaml").is_file():
+        raise ConfigError(f"{directory} holds no config.yaml, so it is not a run's directory.")
+    return launch(OmegaConf.load(directory / "config.yaml"), directory)  # type: ignore[arg-type]
+
+
+def launch(composed: DictConfig, directory: Path) -> float | None:
+    """Checks, runs or continues a run; a completed one only shows its result.
+
+    Args:
+        composed: The config of the run.
+        directory: The run directory.
+
+    Returns:
+        Its average accuracy, which sweepers maximise.
+
+    Raises:
+        ConfigError: If the config could not work; nothing is left behind then.
+    """
+    from clpeft.models.load import check_model
+    from clpeft.streams.base import check_stream
+    from clpeft.tracking.console import log_to, show_results
+
+    record = RunDirectory(directory)
+    try:
+        config = settle(composed)
+        check_model(config.model)
+        check_stream(config.stream, config.paths.data_dir)
+        check_device(config)
+    except ConfigError:
+        record.discard_if_empty()
+        raise
+    if config.force and directory.is_dir():
+        record.clear()
+    record.freeze(composed)
+    with log_to(directory / "run.log"):
+        results = record.results if record.status.get("status") == "completed" else {}
+        if results:
+            log.info("%s is completed; force=true starts it afresh", directory)
+            show_results(results)
+        else:
+            with record.running():
+                results = execute(config, composed, directory)
+                record.write_results(results)
+    return results["metrics"].get("average_accuracy")
+
+
+def check_device(config: Config) -> None:
+    """Checks that the machine has what `training.precision` needs."""
+    import torch
+
+    if config.training.precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigError(
+            "training.precision=fp16 needs a GPU and there is none here; use bf16 or no."
+        )
+
+
+def execute(config: Config, composed: DictConfig, directory: Path) -> dict[str, Any]:
+    """Builds the parts, trains through the stream, and returns the results."""
+    from clpeft.assembly import assemble
+    from clpeft.training.results import collect
+
+    loop, observers, checkpoints = assemble(config, composed, directory)
+    exit_code, results = 1, None
+    try:
+        checkpoints.continue_or_start(loop, observers)
+        loop.train()
+        results = collect(loop, composed, directory)
+        exit_code = 0
+    except BaseException as error:
+        observers.on_error(error)
+        raise
+    finally:
+        observers.close(exit_code, results)
+    return results

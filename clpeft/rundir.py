@@ -1,0 +1,137 @@
+"""The run directory: its frozen config, its status and its results."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+log = logging.getLogger(__name__)
+
+PACKAGES = ("clpeft", "torch", "transformers", "peft", "accelerate", "datasets", "hydra-core")
+
+
+class RunDirectory:
+    """One run's directory, from its creation to its results.
+
+    Args:
+        path: Where it lies.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """What status.json says; empty if the run was never started."""
+        return _read(self.path / "status.json")
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """What results.json says; empty if the run is not completed."""
+        return _read(self.path / "results.json")
+
+    def clear(self) -> None:
+        """Removes all that an earlier run left, so that the next one starts afresh."""
+        for item in self.path.iterdir():
+            shutil.rmtree(item) if item.is_dir() else item.unlink()
+
+    def discard_if_empty(self) -> None:
+        """Removes the directory that Hydra made for a run that was refused."""
+        if self.path.is_dir() and not any(self.path.iterdir()):
+            self.path.rmdir()
+
+    def freeze(self, composed: DictConfig) -> None:
+        """Writes config.yaml, resolved, when the run is created."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not (self.path / "config.yaml").exists():
+            _write(self.path / "config.yaml", OmegaConf.to_yaml(composed, resolve=True))
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Keeps status.json true while the run goes on inside, however it ends.
+
+        Raises:
+            Whatever was raised inside, after it was written down.
+        """
+        status = {
+            "status": "running",
+            "host": socket.gethostname(),
+            "process": os.getpid(),
+            "job_id": os.environ.get("SLURM_JOB_ID"),
+            "git_commit": git_commit(),
+            "versions": versions(),
+            "started": time.time(),
+        }
+        self._tell(status)
+        try:
+            yield
+        except KeyboardInterrupt:
+            reason = "interrupted from the keyboard (Ctrl-C); the same command continues it"
+            self._tell(status | {"status": "preempted", "reason": reason, "ended": time.time()})
+            log.warning("%s: %s", self.path, reason)
+            raise
+        except BaseException as error:
+            told = {
+                "status": "failed",
+                "exception": f"{type(error).__name__}: {error}",
+                "traceback": traceback.format_exc(),
+                "ended": time.time(),
+            }
+            self._tell(status | told)
+            log.error("%s failed: %s", self.path, told["exception"])
+            raise
+        self._tell(status | {"status": "completed", "ended": time.time()})
+
+    def write_results(self, results: dict[str, Any]) -> None:
+        """Writes results.json whole or not at all."""
+        _write(self.path / "results.json", json.dumps(results, indent=1) + "\n")
+
+    def _tell(self, status: dict[str, Any]) -> None:
+        _write(self.path / "status.json", json.dumps(status, indent=1) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a result."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def git_commit() -> str | None:
+    """The commit of clpeft's own source; None where it was installed from a wheel."""
+    source = Path(__file__).resolve().parent
+    found = subprocess.run(
+        ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return found.stdout.strip() or None if found.returncode == 0 else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text()))
+    except ValueError:
+        log.warning("%s is not readable JSON and is taken as missing", path)
+        return {}
+
+
+def _write(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(text)
+    os.replace(aside, path)

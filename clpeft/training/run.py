@@ -1,0 +1,174 @@
+"""The Run: all that a strategy may see of a run in progress."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clpeft.config import Config
+from clpeft.models.objective import ClassificationObjective, Objective
+from clpeft.streams.batching import Batch, BatchLoader, Collator, Columns
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from accelerate import Accelerator
+    from datasets import Dataset
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from clpeft.strategies.base import Strategy
+    from clpeft.streams.tokenize import EncodedStream, EncodedTask
+
+
+class Run:
+    """State of a run that strategies read and the loop advances.
+
+    Args:
+        config: The run's settings.
+        directory: The run directory.
+        accelerator: Places tensors, scales and synchronises gradients.
+        model: The model with its adapter, unwrapped.
+        tokenizer: The model's tokenizer.
+        stream: The encoded tasks.
+        objective: Forward pass and loss of the task type.
+        strategies: In the order in which they act.
+
+    Attributes:
+        task: The task being trained; None before the first.
+        tasks_seen: How many tasks are behind the run.
+        step: Optimizer steps taken so far, over all tasks.
+        trainable: Name to parameter, those that train, in the model's order.
+        optimizer: Of the current task.
+        logging: Whether this step's values are read; what is costly to compute may wait for that.
+        generator: On the CPU, seeded by the run's seed, for what strategies draw.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        directory: Path,
+        accelerator: Accelerator,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        stream: EncodedStream,
+        objective: Objective,
+        strategies: Sequence[Strategy],
+    ) -> None:
+        self.config = config
+        self.directory = directory
+        self.accelerator = accelerator
+        self.model = model
+        self.prepared = model  # what the loop calls forward on: the model as Accelerate wraps it
+        self.tokenizer = tokenizer
+        self.stream = stream
+        self.objective = objective
+        self.strategies = list(strategies)
+        self.task: EncodedTask | None = None
+        self.tasks_seen = 0
+        self.step = 0
+        self.optimizer: Any = None
+        self.logging = False
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.collator = Collator(config.model.task_type, int(tokenizer.pad_token_id))  # type: ignore[arg-type]
+        self.trainable: dict[str, nn.Parameter] = {}
+        self.refresh_trainable()
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches go."""
+        return self.accelerator.device
+
+    def refresh_trainable(self) -> None:
+        """Reads from the model which parameters train; strategies that grow it call this."""
+        self.trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def begin(self, task: EncodedTask) -> None:
+        """Makes a task the current one."""
+        self.task = task
+        if isinstance(self.objective, ClassificationObjective):
+            self.objective = ClassificationObjective(allowed_labels(self.stream, task.index))
+            self.objective.allowed = self.objective.allowed.to(self.device)
+
+    def loader(self, dataset: Dataset, *, epoch: int = 0, shuffle: bool = True) -> BatchLoader:
+        """Batches of a data set, bucketed by length; the order depends on seed, task and epoch."""
+        index = self.task.index if self.task is not None else 0
+        return BatchLoader(
+            dataset,
+            self.collator,
+            batch_size=self.config.training.batch_size,
+            seed=self.config.seed * 10_007 + index,
+            epoch=epoch,
+            shuffle=shuffle,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+        )
+
+    def batch(self, columns: Columns, indices: Sequence[int] | np.ndarray) -> Batch:
+        """A batch of chosen examples, on the run's device."""
+        return self.collator(columns, np.asarray(indices)).to(self.device)
+
+    def per_example_loss(self, batch: Batch, outputs: Any) -> Tensor:
+        """Negative log-likelihood of each example, summed over its targets [B], in nats."""
+        return self.objective.per_example(outputs, batch)
+
+    def mean_loss(self, batch: Batch) -> Tensor:
+        """Runs the model; the loss per target, as the loop computes it for one batch."""
+        with self.accelerator.autocast():
+            outputs = self.objective.forward(self.model, batch)
+        return self.objective.total(outputs, batch) / batch.num_targets
+
+    def gradients(self, batch: Batch) -> list[Tensor]:
+        """Gradients of the mean loss on another batch.
+
+        Args:
+            batch: Any batch; the loop's own graph and every `.grad` stay as they are.
+
+        Returns:
+            One float32 tensor per entry of `trainable`, in its order; zeros where unused.
+        """
+        parameters = list(self.trainable.values())
+        scaler = self.accelerator.scaler
+        # fp16 gradients are scaled for the same reason that the loop's are: not to underflow
+        scale = scaler.get_scale() if scaler is not None else 1.0
+        loss = self.mean_loss(batch)
+        found = torch.autograd.grad(loss * scale, parameters, allow_unused=True)
+        return [
+            torch.zeros_like(p, dtype=torch.float32) if g is None else g.float() / scale
+            for p, g in zip(parameters, found, strict=True)
+        ]
+
+    @contextmanager
+    def eval_mode(self) -> Iterator[None]:
+        """Without dropout, for importance and the like; the mode before is restored."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(training)
+
+
+def allowed_labels(stream: EncodedStream, current: int) -> Tensor:
+    """Which labels compete in training, for an example of each task.
+
+    Args:
+        stream: The encoded stream.
+        current: Index of the task being trained.
+
+    Returns:
+        bool [tasks, labels]. In the class-incremental scenario every example, a replayed one too,
+        competes against all labels seen so far; in the task-incremental one against its task's.
+    """
+    raw = stream.stream
+    allowed = torch.zeros(len(stream.tasks), len(raw.label_names), dtype=torch.bool)
+    for task in stream.tasks:
+        deciding = current if raw.scenario == "class" else task.index
+        allowed[task.index, raw.training_candidates(deciding)] = True
+    return allowed
