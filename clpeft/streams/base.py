@@ -1,0 +1,506 @@
+"""Task and Stream: what a model is trained on one after another, checked before it is used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import string
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from clpeft.config import ConfigError, at_least, nearest, one_of
+from clpeft.registry import STREAMS
+from clpeft.streams.prompts import PromptForm, prompt_form
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "validation", "test")
+SCENARIOS = ("task", "class", "domain")
+
+
+@dataclass
+class StreamConfig:
+    """What every stream can be told."""
+
+    kind: str = MISSING  # the registered builder
+    name: str = MISSING  # what reports call the stream
+    scenario: str = one_of(*SCENARIOS)  # which labels compete: the task's, all seen so far, all
+    order: str | None = None  # a published order of tasks, where the stream has them
+    tasks: list[str] | None = None  # explicit tasks; goes before order
+    # of generation, subsampling and splitting; independent of the run's seed, so that all seeds of
+    # a study see the same data
+    seed: int = 0
+    max_train: int | None = at_least(1, default=None)  # examples per task, balanced over labels
+    max_validation: int | None = at_least(1, default=None)
+    max_test: int | None = at_least(1, default=None)
+    max_length: int = at_least(8)  # tokens, prompt and answer together; only the input is cut
+    names_task: bool = False  # whether the prompt begins with the task's name
+    allow_overlap: bool = False  # splits that share content: a warning rather than an error
+    chance: float | None = None  # declared chance level; null: the untrained model's score
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task, its splits checked.
+
+    Classification rows have `text`, `text_pair` (where the task has pairs), `label` (its index in
+    `labels`) and `example_id`; generation rows `input`, `output`, `references` and `example_id`.
+    The example id is the row's number in the full split, before subsampling.
+    """
+
+    name: str
+    index: int
+    train: datasets.Dataset
+    validation: datasets.Dataset
+    test: datasets.Dataset
+    metric: str  # accuracy, exact_match or rougeL
+    labels: tuple[str, ...]  # () for generation
+    answer_words: tuple[str, ...]  # what a language model answers, one per label
+    instruction: str
+    input_template: str
+    chance: float | None
+
+    def split(self, name: str) -> datasets.Dataset:
+        """One of the three splits by its name."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}[name]
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """A task as its builder found it: full splits, not yet compared or cut."""
+
+    name: str
+    # classification: text, [text_pair], label, example_id; generation: input, output, references,
+    # example_id
+    splits: Mapping[str, pyarrow.Table]
+    metric: str
+    labels: tuple[str, ...] = ()
+    answer_words: tuple[str, ...] = ()
+    instruction: str = ""
+    input_template: str = "{text}"
+
+
+class StreamBuilder(ABC):
+    """Where the tasks of one kind of stream come from.
+
+    Args:
+        config: The stream's settings.
+        data_dir: The folder of public data that the user named, if any.
+    """
+
+    def __init__(self, config: Any, data_dir: str | None) -> None:
+        self.config = config
+        self.data_dir = data_dir
+
+    @abstractmethod
+    def task_names(self) -> list[str]:
+        """The stream's tasks in their order; loads no data.
+
+        Raises:
+            ConfigError: If the folder, the order or a task does not exist.
+        """
+
+    @abstractmethod
+    def load(self, name: str) -> LoadedTask:
+        """One task's full splits."""
+
+    @abstractmethod
+    def neutral_text(self, seed: int) -> list[str]:
+        """Texts that belong to no task of the stream."""
+
+    def labels_of(self, name: str) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+        """A task's labels and answer words where they are known without loading data."""
+        return None
+
+
+def build_stream(config: StreamConfig, *, data_dir: str | None) -> Stream:
+    """The stream that a config describes, loaded and checked.
+
+    Args:
+        config: The stream's settings, as a dataclass or as composed by Hydra.
+        data_dir: The folder of public data (`paths.data_dir`), where the stream needs one.
+
+    Returns:
+        The stream, its splits disjoint and cut to the sizes asked for.
+
+    Raises:
+        ConfigError: If the data does not fit what the stream needs.
+    """
+    builder = _builder(config, data_dir)
+    names = _checked_names(builder)
+    tasks = []
+    contents = _Contents()
+    for index, name in enumerate(names):
+        loaded = builder.load(name)
+        tasks.append(_finish(loaded, index, builder.config, contents))
+    return Stream(builder.config, tuple(tasks), contents, builder.neutral_text)
+
+
+def check_stream(config: StreamConfig, data_dir: str | None) -> None:
+    """Finds mistakes that show without loading data: folders, task names, orders, labels.
+
+    Args:
+        config: The stream's settings, as a dataclass or as composed by Hydra.
+        data_dir: The folder of public data, where the stream needs one.
+
+    Raises:
+        ConfigError: For the first mistake found.
+    """
+    builder = _builder(config, data_dir)
+    names = _checked_names(builder)
+    known = [(name, labels) for name in names if (labels := builder.labels_of(name)) is not None]
+    if builder.config.scenario == "domain":
+        _check_one_label_space(builder.config.name, known)
+
+
+class Stream:
+    """Tasks in the order in which they are learned, and which of their labels compete when.
+
+    Args:
+        config: The stream's settings.
+        tasks: The tasks, in order.
+        contents: The digests of everything that the stream's splits hold.
+        neutral_text: Makes texts that belong to no task from a seed.
+
+    Raises:
+        ConfigError: If the scenario is `domain` and the tasks' labels differ.
+    """
+
+    def __init__(
+        self,
+        config: StreamConfig,
+        tasks: tuple[Task, ...],
+        contents: _Contents,
+        neutral_text: Callable[[int], list[str]],
+    ) -> None:
+        self.config = config
+        self.name = config.name
+        self.scenario = config.scenario
+        self.seed = config.seed
+        self.tasks = tasks
+        self.fingerprint = contents.fingerprint(config, tasks)
+        self._contents = contents
+        self._neutral_text = neutral_text
+        if self.scenario == "domain":
+            _check_one_label_space(
+                self.name, [(task.name, (task.labels, task.answer_words)) for task in tasks]
+            )
+            self.label_names = tasks[0].labels
+            self._first_ids = [0] * len(tasks)
+        else:
+            self.label_names = tuple(
+                f"{task.name}/{label}" for task in tasks for label in task.labels
+            )
+            sizes = [len(task.labels) for task in tasks]
+            self._first_ids = [sum(sizes[:index]) for index in range(len(sizes))]
+
+    @property
+    def answer_words(self) -> tuple[str, ...]:
+        """What a language model answers for each global label."""
+        if self.scenario == "domain":
+            return self.tasks[0].answer_words
+        return tuple(word for task in self.tasks for word in task.answer_words)
+
+    def global_labels(self, task_index: int) -> list[int]:
+        """The global id of each of a task's labels, by the label's index in the task."""
+        first = self._first_ids[task_index]
+        return list(range(first, first + len(self.tasks[task_index].labels)))
+
+    def candidates(self, task_index: int, seen: int, task_id_given: bool) -> list[int]:
+        """The labels that compete when a task is evaluated.
+
+        Args:
+            task_index: The task that is evaluated.
+            seen: The number of tasks that were trained so far.
+            task_id_given: Whether the model is told which task an example comes from.
+
+        Returns:
+            Global label ids, ascending; empty for a generation task.
+        """
+        if task_id_given or self.scenario != "class":
+            return self.global_labels(task_index)
+        # a task ahead of training competes with its own labels too: it could win no other way
+        return self._labels_of_first(max(seen, task_index + 1))
+
+    def training_candidates(self, task_index: int) -> list[int]:
+        """The labels that compete in the loss while a task is trained: global ids, ascending."""
+        if self.scenario != "class":
+            return self.global_labels(task_index)
+        return self._labels_of_first(task_index + 1)
+
+    def _labels_of_first(self, count: int) -> list[int]:
+        return [label for index in range(count) for label in self.global_labels(index)]
+
+    def prompt(self, task: Task) -> PromptForm:
+        """The fixed words around a task's input when a language model is asked."""
+        return prompt_form(
+            task.instruction,
+            task.answer_words,
+            task.input_template,
+            task_name=task.name if self.config.names_task else None,
+        )
+
+    def neutral_text(self, seed: int) -> list[str]:
+        """Texts that belong to no task of this stream, for a generated model's warm-up.
+
+        Args:
+            seed: Of their choice and order.
+
+        Returns:
+            Texts none of which occurs in any split of the stream.
+        """
+        return [
+            text
+            for text in self._neutral_text(seed)
+            if content_digest(normalise(text)) not in self._contents.seen
+        ]
+
+    def training_text(self) -> Iterator[str]:
+        """Every training example as a language model sees it, to train a tokenizer on."""
+        for task in self.tasks:
+            form = self.prompt(task)
+            if task.labels:
+                pairs = task.train["text_pair"] if "text_pair" in task.train.column_names else None
+                for row, (text, label) in enumerate(
+                    zip(task.train["text"], task.train["label"], strict=True)
+                ):
+                    pair = pairs[row] if pairs is not None else ""
+                    yield f"{form.fill(text, pair)} {task.answer_words[label]}"
+            else:
+                for text, output in zip(task.train["input"], task.train["output"], strict=True):
+                    yield f"{form.fill(text)} {output}"
+
+
+# Content: what makes two examples the same.
+
+_NOT_ALPHANUMERIC = "".join(
+    chr(code) for code in range(128) if chr(code) not in string.ascii_letters + string.digits
+).encode()
+
+
+def normalise(text: str) -> str:
+    """A text's lower-cased letters and digits; the text itself where it has none of them.
+
+    Two copies of a text that differ in case, white space or punctuation are one content.
+    """
+    lowered = text.lower()
+    if lowered.isascii():
+        kept = lowered.encode().translate(None, _NOT_ALPHANUMERIC).decode()
+    else:
+        kept = "".join(filter(str.isalnum, lowered))
+    return kept or text
+
+
+def content_digest(*parts: str) -> bytes:
+    """The digest of an example's normalised parts: 16 bytes."""
+    return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).digest()
+
+
+def content_digests(table: pyarrow.Table) -> list[bytes]:
+    """The digest of every row's content: its text and its pair, or its input."""
+    if "input" in table.column_names:
+        return [content_digest(normalise(text)) for text in table["input"].to_pylist()]
+    texts = table["text"].to_pylist()
+    if "text_pair" not in table.column_names:
+        return [content_digest(normalise(text)) for text in texts]
+    return [
+        content_digest(normalise(text), normalise(pair))
+        for text, pair in zip(texts, table["text_pair"].to_pylist(), strict=True)
+    ]
+
+
+class _Contents:
+    """The digests of what the stream's splits hold."""
+
+    def __init__(self) -> None:
+        self.seen: set[bytes] = set()
+        self._splits = hashlib.blake2b(digest_size=16)
+
+    def add_split(self, table: pyarrow.Table) -> None:
+        for column in table.column_names:
+            values = json.dumps(table[column].to_pylist(), ensure_ascii=False)
+            self._splits.update(f"{column}\0{values}\0".encode())
+
+    def fingerprint(self, config: StreamConfig, tasks: Sequence[Task]) -> str:
+        """The digest of everything about a stream that can change a result.
+
+        Not of its name or of where its files lie: the same data elsewhere is the same stream.
+        """
+        facts = {
+            "scenario": config.scenario,
+            "max_length": config.max_length,
+            "names_task": config.names_task,
+            "splits": self._splits.hexdigest(),
+            "tasks": [
+                [
+                    task.name,
+                    task.metric,
+                    task.labels,
+                    task.answer_words,
+                    task.instruction,
+                    task.input_template,
+                    task.chance,
+                ]
+                for task in tasks
+            ],
+        }
+        return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+
+
+def check_disjoint(
+    task: str, digests: Mapping[str, list[bytes]], texts: Mapping[str, Any], allow: bool
+) -> None:
+    """Makes sure that no content is in two splits of a task.
+
+    Args:
+        task: The task's name.
+        digests: The content digest of every row, by split.
+        texts: The first text column of each split, to quote from.
+        allow: Whether an overlap is only warned about.
+
+    Raises:
+        ConfigError: If two splits share content and that is not allowed.
+    """
+    for position, first in enumerate(SPLITS):
+        known = set(digests[first])
+        for second in SPLITS[position + 1 :]:
+            shared = [row for row, digest in enumerate(digests[second]) if digest in known]
+            if not shared:
+                continue
+            example = texts[second][shared[0]].as_py()
+            found = (
+                f"{len(shared)} of the {len(digests[second])} {second} rows of task '{task}' are "
+                f"in its {first} split too, for example {example[:60]!r}"
+            )
+            if not allow:
+                raise ConfigError(
+                    f"{found}; remove them from one of the two, or set stream.allow_overlap=true "
+                    "to go on with a warning."
+                )
+            logger.warning("%s; going on because stream.allow_overlap is true.", found)
+
+
+def sample_rows(labels: np.ndarray | None, size: int, rows: int, seed: Iterable[int]) -> np.ndarray:
+    """A seeded choice of rows, as balanced over labels as the rows allow.
+
+    Rows are shuffled within their label and dealt out one label after another, so that a smaller
+    sample is the beginning of a larger one.
+
+    Args:
+        labels: [rows] label of each row, or None where there are none.
+        size: How many rows to choose, at most `rows`.
+        rows: How many there are.
+        seed: What the choice depends on.
+
+    Returns:
+        [size] row numbers.
+    """
+    draw = np.random.default_rng(list(seed)).random(rows)
+    if labels is None:
+        return np.argsort(draw, kind="stable")[:size]
+    return np.lexsort((draw, rank_within(labels, draw)))[:size]
+
+
+def rank_within(labels: np.ndarray, draw: np.ndarray) -> np.ndarray:
+    """The rank of each row's draw among the rows of its label: [rows], from 0."""
+    by_label = np.lexsort((draw, labels))
+    counts = np.unique(labels, return_counts=True)[1]
+    ranks = np.empty(len(labels), dtype=np.int64)
+    ranks[by_label] = np.concatenate([np.arange(count) for count in counts])
+    return ranks
+
+
+def _builder(config: StreamConfig, data_dir: str | None) -> StreamBuilder:
+    settings = OmegaConf.to_object(config) if isinstance(config, DictConfig) else config
+    assert isinstance(settings, StreamConfig), "a stream's config is composed from its schema"
+    if settings.kind not in STREAMS:
+        kinds = [entry.name for entry in STREAMS]
+        raise ConfigError(
+            f"stream.kind is '{settings.kind}', which no stream registers."
+            + nearest(settings.kind, kinds)
+        )
+    if settings.scenario not in SCENARIOS:
+        raise ConfigError(
+            f"stream.scenario is '{settings.scenario}'; it must be one of {', '.join(SCENARIOS)}."
+        )
+    return STREAMS[settings.kind].target(settings, data_dir)
+
+
+def _checked_names(builder: StreamBuilder) -> list[str]:
+    names = builder.task_names()
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(
+            f"The stream '{builder.config.name}' lists the task '{twice[0]}' twice in "
+            f"{builder.config.tasks or builder.config.order}; each task is learned once."
+        )
+    if not names:
+        raise ConfigError(
+            f"The stream '{builder.config.name}' has no tasks: stream.tasks is empty."
+        )
+    return names
+
+
+def _check_one_label_space(
+    stream: str, known: Sequence[tuple[str, tuple[tuple[str, ...], tuple[str, ...]]]]
+) -> None:
+    for name, labels in known[1:]:
+        first_name, first = known[0]
+        for what, mine, other in zip(("labels", "answer words"), labels, first, strict=True):
+            if mine != other:
+                raise ConfigError(
+                    f"stream.scenario=domain needs the same {what} in every task of '{stream}', "
+                    f"but '{first_name}' has {', '.join(other) or 'none'} and '{name}' has "
+                    f"{', '.join(mine) or 'none'}; choose stream.scenario=task or class, or "
+                    "stream.tasks that share theirs."
+                )
+
+
+def _finish(loaded: LoadedTask, index: int, config: StreamConfig, contents: _Contents) -> Task:
+    """Compares a task's splits, cuts them to size, and makes the task of them."""
+    import datasets
+
+    for split in SPLITS:
+        if not len(loaded.splits[split]):
+            raise ConfigError(f"The {split} split of task '{loaded.name}' has no rows.")
+    digests = {split: content_digests(loaded.splits[split]) for split in SPLITS}
+    first_column = "text" if loaded.labels else "input"
+    texts = {split: loaded.splits[split][first_column] for split in SPLITS}
+    check_disjoint(loaded.name, digests, texts, config.allow_overlap)
+    sizes = (config.max_train, config.max_validation, config.max_test)
+    finished = {}
+    for position, (split, size) in enumerate(zip(SPLITS, sizes, strict=True)):
+        contents.seen.update(digests[split])
+        table = loaded.splits[split]
+        if size is not None and size < len(table):
+            labels = table["label"].to_numpy() if loaded.labels else None
+            # the name, not the position, so that a task's sample is the same in every order
+            seed = (config.seed, position, *loaded.name.encode())
+            table = table.take(sample_rows(labels, size, len(table), seed))
+        contents.add_split(table)
+        finished[split] = datasets.Dataset(
+            table.combine_chunks(), split=split, fingerprint=f"{loaded.name}-{split}"
+        )
+    return Task(
+        name=loaded.name,
+        index=index,
+        train=finished["train"],
+        validation=finished["validation"],
+        test=finished["test"],
+        metric=loaded.metric,
+        labels=loaded.labels,
+        answer_words=loaded.answer_words,
+        instruction=loaded.instruction,
+        input_template=loaded.input_template,
+        chance=config.chance,
+    )

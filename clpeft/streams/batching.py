@@ -1,0 +1,325 @@
+"""Batches of encoded examples: in which order, padded how."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import datasets
+
+# What a loss leaves out; every Hugging Face model knows this number.
+IGNORED = -100
+
+# Batches per window inside which examples are sorted by length: enough to leave little padding,
+# few enough to keep an epoch well mixed.
+WINDOW = 50
+
+
+@dataclass
+class Batch:
+    """Examples of one step, padded to the longest of them.
+
+    Args:
+        inputs: What the model's forward takes, without labels: `input_ids`, `attention_mask` and,
+            for some tokenizers, `token_type_ids`; each [B, L].
+        labels: Classification: [B] global labels. Causal language models: [B, L], aligned with
+            `input_ids`, -100 at prompt and padding. Sequence to sequence: [B, La], -100 at
+            padding.
+        task_ids: [B] int64, the task each example comes from.
+        example_ids: [B] int64, the example's row in its task's full split.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    task_ids: Tensor
+    example_ids: Tensor
+
+    def __len__(self) -> int:
+        return len(self.task_ids)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The batch on a device."""
+        return Batch(
+            {name: x.to(device, non_blocking=non_blocking) for name, x in self.inputs.items()},
+            self.labels.to(device, non_blocking=non_blocking),
+            self.task_ids.to(device, non_blocking=non_blocking),
+            self.example_ids.to(device, non_blocking=non_blocking),
+        )
+
+    @property
+    def num_targets(self) -> int:
+        """What the loss is averaged over: examples, or tokens that are to be predicted.
+
+        To be asked before the batch moves to a GPU, which it would otherwise wait for. A causal
+        model predicts nothing at position 0, and no answer begins there, so that the shift of the
+        labels leaves the number as it is.
+        """
+        if self.labels.dim() == 1:
+            return len(self.labels)
+        return int((self.labels != IGNORED).sum())
+
+
+def concatenate(batches: Sequence[Batch], pad_token_id: int) -> Batch:
+    """One batch of the examples of several, padded to the longest of all.
+
+    Args:
+        batches: Batches of one kind of model, on one device.
+        pad_token_id: What fills `input_ids`; masks and token types are filled with 0, labels with
+            -100.
+
+    Returns:
+        The examples in the order given.
+    """
+    return Batch(
+        {
+            name: _stack(
+                [batch.inputs[name] for batch in batches],
+                pad_token_id if name == "input_ids" else 0,
+            )
+            for name in batches[0].inputs
+        },
+        _stack([batch.labels for batch in batches], IGNORED),
+        torch.cat([batch.task_ids for batch in batches]),
+        torch.cat([batch.example_ids for batch in batches]),
+    )
+
+
+def _stack(tensors: Sequence[Tensor], fill: int) -> Tensor:
+    if tensors[0].dim() == 1:
+        return torch.cat(list(tensors))
+    width = max(x.shape[1] for x in tensors)
+    padded = [torch.nn.functional.pad(x, (0, width - x.shape[1]), value=fill) for x in tensors]
+    return torch.cat(padded)
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Lists of numbers, one after another.
+
+    Args:
+        values: [total] all numbers.
+        starts: [rows] where each row begins in `values`.
+        lengths: [rows] how many of them are its own.
+    """
+
+    values: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+
+    def padded(self, rows: np.ndarray, fill: int, multiple: int | None = None) -> np.ndarray:
+        """Some rows, filled up on the right to the longest of them: [len(rows), width] int64."""
+        width, own = self._width_and_own(rows, multiple)
+        positions = self.starts[rows, None] + np.arange(width)
+        # beyond the last row's end there is nothing to read; what is read there is not kept
+        gathered = self.values.take(positions, mode="clip")
+        return np.where(own, gathered, np.int64(fill))
+
+    def own(self, rows: np.ndarray, multiple: int | None = None) -> np.ndarray:
+        """Which places of `padded` hold a row's own numbers: [len(rows), width] bool."""
+        return self._width_and_own(rows, multiple)[1]
+
+    def _width_and_own(self, rows: np.ndarray, multiple: int | None) -> tuple[int, np.ndarray]:
+        lengths = self.lengths[rows]
+        width = int(lengths.max(initial=1))
+        if multiple is not None:
+            width = -(-width // multiple) * multiple
+        return width, np.arange(width) < lengths[:, None]
+
+
+class Columns:
+    """An encoded data set as numpy arrays, to cut batches from without touching single rows.
+
+    The arrays are views of the Arrow memory; only a data set with chosen rows (`.select`) is
+    copied, once, in the order of its rows.
+
+    Args:
+        dataset: A data set encoded by `encode_stream`.
+    """
+
+    def __init__(self, dataset: datasets.Dataset) -> None:
+        # with_format("arrow") applies a selection of rows; "" would give Python lists
+        table = dataset.with_format("arrow")[:]
+        self.ragged = {
+            name: _ragged(table[name])
+            for name in ("input_ids", "token_type_ids", "labels")
+            if name in table.column_names
+        }
+        self.numbers = {
+            name: _flat(table[name]).to_numpy()
+            for name in ("label", "prompt_length", "task_id", "example_id")
+            if name in table.column_names
+        }
+
+    def __len__(self) -> int:
+        return len(self.numbers["task_id"])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[rows] tokens of each example's input."""
+        return self.ragged["input_ids"].lengths
+
+
+def _flat(column: Any) -> Any:
+    """A column's chunks as one array."""
+    import pyarrow
+
+    if column.num_chunks == 1:
+        return column.chunk(0)
+    if column.num_chunks == 0:
+        return pyarrow.array([], column.type)
+    return pyarrow.concat_arrays(column.chunks)
+
+
+def _ragged(column: Any) -> Ragged:
+    array = _flat(column)
+    offsets = array.offsets.to_numpy()
+    return Ragged(array.values.to_numpy(), offsets[:-1].astype(np.int64), np.diff(offsets))
+
+
+class Collator:
+    """Makes a batch of rows: right padding, masks, labels where the model is to answer.
+
+    Args:
+        task_type: sequence_classification, causal_lm or seq2seq_lm.
+        pad_token_id: What fills `input_ids`.
+        pad_to_multiple_of: Rounds the length up, where a device likes round numbers.
+    """
+
+    def __init__(
+        self, task_type: str, pad_token_id: int, pad_to_multiple_of: int | None = None
+    ) -> None:
+        self.task_type = task_type
+        self.pad_token_id = pad_token_id
+        self.pad_to_multiple_of = pad_to_multiple_of
+
+    def __call__(self, columns: Columns, indices: np.ndarray) -> Batch:
+        """The batch of some rows.
+
+        Args:
+            columns: The data set.
+            indices: [B] rows; B may be 0, which gives a batch of no examples.
+        """
+        tokens = columns.ragged["input_ids"]
+        own = tokens.own(indices, self.pad_to_multiple_of)
+        input_ids = tokens.padded(indices, self.pad_token_id, self.pad_to_multiple_of)
+        inputs = {"input_ids": input_ids, "attention_mask": own.astype(np.int64)}
+        if "token_type_ids" in columns.ragged:
+            inputs["token_type_ids"] = columns.ragged["token_type_ids"].padded(
+                indices, 0, self.pad_to_multiple_of
+            )
+        if self.task_type == "causal_lm":
+            prompt = columns.numbers["prompt_length"][indices, None]
+            answers = own & (np.arange(own.shape[1]) >= prompt)
+            labels = np.where(answers, input_ids, np.int64(IGNORED))
+        elif self.task_type == "seq2seq_lm":
+            labels = columns.ragged["labels"].padded(indices, IGNORED)
+        else:
+            labels = columns.numbers["label"][indices]
+        return Batch(
+            {name: torch.from_numpy(array) for name, array in inputs.items()},
+            torch.from_numpy(labels),
+            torch.from_numpy(columns.numbers["task_id"][indices]),
+            torch.from_numpy(columns.numbers["example_id"][indices]),
+        )
+
+
+def bucketed_batches(
+    lengths: np.ndarray, batch_size: int, *, seed: int, epoch: int
+) -> list[np.ndarray]:
+    """A shuffled epoch whose batches hold examples of like length.
+
+    Examples are shuffled, sorted by length inside windows of 50 batches, cut into batches, and the
+    batches shuffled. One batch is smaller where the numbers do not divide.
+
+    Args:
+        lengths: [rows] tokens per example.
+        batch_size: Examples per batch.
+        seed: Of the order, together with `epoch`.
+        epoch: Which pass over the data this is.
+
+    Returns:
+        Row numbers, [B] each; every row is in exactly one batch.
+    """
+    generator = np.random.default_rng([seed, epoch])
+    order = generator.permutation(len(lengths))
+    window = np.arange(len(lengths)) // (WINDOW * batch_size)
+    order = order[np.lexsort((lengths[order], window))]
+    batches = _cut(order, batch_size)
+    return [batches[index] for index in generator.permutation(len(batches))]
+
+
+def sorted_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Batches for evaluation: by length, the longest first, so that a lack of memory shows at once.
+
+    Args:
+        lengths: [rows] tokens per example.
+        batch_size: Examples per batch.
+
+    Returns:
+        Row numbers, [B] each; every row is in exactly one batch.
+    """
+    return _cut(np.argsort(-lengths.astype(np.int64), kind="stable"), batch_size)
+
+
+def _cut(order: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+class BatchLoader:
+    """One epoch of batches.
+
+    With several processes each takes every `world_size`-th row of the same global batches, so that
+    together they train on what one process alone would. Where a last batch has fewer rows than
+    there are processes, the last ones get a batch of no examples; `drop_last` avoids that.
+
+    Args:
+        dataset: An encoded data set, or its columns where several epochs are to share them.
+        collator: Makes a batch of rows.
+        batch_size: Examples per global batch.
+        seed: Of the order.
+        epoch: Which pass over the data this is.
+        shuffle: Whether to shuffle and to sort by length inside windows; otherwise rows come in
+            their own order.
+        drop_last: Whether to leave out a batch that is not full.
+        rank: This process.
+        world_size: How many processes there are.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset | Columns,
+        collator: Collator,
+        *,
+        batch_size: int,
+        seed: int,
+        epoch: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.columns = dataset if isinstance(dataset, Columns) else Columns(dataset)
+        self.collator = collator
+        if shuffle:
+            batches = bucketed_batches(self.columns.lengths, batch_size, seed=seed, epoch=epoch)
+        else:
+            batches = _cut(np.arange(len(self.columns)), batch_size)
+        if drop_last:
+            batches = [rows for rows in batches if len(rows) == batch_size]
+        self.rows = [rows[rank::world_size] for rows in batches]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self.batch(index) for index in range(len(self)))
+
+    def batch(self, index: int) -> Batch:
+        """The batch with some number in the epoch, made when asked for."""
+        return self.collator(self.columns, self.rows[index])

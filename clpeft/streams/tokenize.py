@@ -1,0 +1,456 @@
+"""Encoding: a stream's texts as token ids, once per tokenizer, kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from clpeft.config import ConfigError
+from clpeft.streams.base import SPLITS, Stream, Task
+from clpeft.streams.prompts import ANSWER, PROMPT_VERSION, PromptForm, classifier_prefix
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+# A part of every cache key: to be raised whenever the stored columns change.
+ENCODING_VERSION = 1
+
+# Rows handed to the tokenizer at a time: enough for its threads, little enough for memory.
+ROWS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class EncodedTask:
+    """A task and its splits as token ids."""
+
+    task: Task
+    train: datasets.Dataset
+    validation: datasets.Dataset
+    test: datasets.Dataset
+
+    def split(self, name: str) -> datasets.Dataset:
+        """One of the three splits by its name."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}[name]
+
+
+@dataclass(frozen=True)
+class EncodedStream:
+    """A stream as a model of one type reads it.
+
+    Args:
+        stream: What was encoded.
+        task_type: sequence_classification, causal_lm or seq2seq_lm.
+        tasks: Its tasks, in order.
+        answers: The token ids of each global label's answer, with the end-of-sequence token; empty
+            tuples for a classifier.
+    """
+
+    stream: Stream
+    task_type: str
+    tasks: tuple[EncodedTask, ...]
+    answers: tuple[tuple[int, ...], ...]
+
+
+def encode_stream(
+    stream: Stream, tokenizer: PreTrainedTokenizerBase, task_type: str, *, cache_dir: str
+) -> EncodedStream:
+    """Tokenizes every split of a stream, or reads what an earlier call left in the cache.
+
+    Columns: `input_ids` (list of int32), `task_id`, `example_id`, `label` (int64, global; -1 for
+    generation); for a classifier also `token_type_ids` where the tokenizer has them; for a causal
+    model `input_ids` is prompt, answer and end, with `prompt_length` (int32); for a sequence to
+    sequence model `labels` (list of int32) is answer and end.
+
+    Args:
+        stream: What to encode.
+        tokenizer: The model's.
+        task_type: sequence_classification, causal_lm or seq2seq_lm.
+        cache_dir: Encoded streams are kept in its sub-directory `tokenized`.
+
+    Returns:
+        The stream, its data sets mapped from disk.
+
+    Raises:
+        ConfigError: If a prompt without its input does not fit into `stream.max_length`, two
+            answers of a task are the same tokens, or the model's type cannot do a task.
+    """
+    import datasets
+
+    answers = _answers(stream, tokenizer, task_type)
+    directory = Path(cache_dir) / "tokenized" / _cache_key(stream, tokenizer, task_type)
+    if not _is_whole(directory):
+        encoder = _Encoder(stream, tokenizer, task_type, answers)
+        _write_aside(directory, encoder)
+    encoded = []
+    for task in stream.tasks:
+        splits = {
+            split: datasets.Dataset.from_file(str(directory / _file_name(task, split)))
+            for split in SPLITS
+        }
+        encoded.append(EncodedTask(task, splits["train"], splits["validation"], splits["test"]))
+    return EncodedStream(stream, task_type, tuple(encoded), answers)
+
+
+def answer_tokens(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> list[list[int]]:
+    """The tokens of answers as they follow a prompt, without the end-of-sequence token.
+
+    They are what the tokenizer makes of `" answer"` after the prompt's last word. That differs
+    from `" answer"` alone where a tokenizer puts a blank before every text (SentencePiece): there
+    the answer alone would begin with two.
+
+    Args:
+        tokenizer: The model's.
+        answers: The answers' words.
+
+    Returns:
+        Token ids, one list per answer.
+    """
+    if not answers:
+        return []
+    prompt = tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
+    following = tokenizer([f"{ANSWER} {text}" for text in answers], add_special_tokens=False)
+    if all(ids[: len(prompt)] == prompt for ids in following["input_ids"]):
+        return [ids[len(prompt) :] for ids in following["input_ids"]]
+    alone = tokenizer([f" {text}" for text in answers], add_special_tokens=False)
+    return list(alone["input_ids"])
+
+
+def _answers(
+    stream: Stream, tokenizer: PreTrainedTokenizerBase, task_type: str
+) -> tuple[tuple[int, ...], ...]:
+    """The answer tokens of every global label, each task's all different."""
+    if task_type == "sequence_classification":
+        for task in stream.tasks:
+            if not task.labels:
+                raise ConfigError(
+                    f"The task '{task.name}' of '{stream.name}' has answers to be written, not "
+                    "labels, so a model with model.task_type=sequence_classification cannot do "
+                    "it; choose a causal_lm or seq2seq_lm model."
+                )
+        return tuple(() for _ in stream.label_names)
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            "The model's tokenizer has no end-of-sequence token, so no answer could ever end; "
+            "choose another model or add eos_token to its tokenizer."
+        )
+    words = stream.answer_words
+    answers = answer_tokens(tokenizer, words)
+    for task in stream.tasks:
+        known: dict[tuple[int, ...], str] = {}
+        for label in stream.global_labels(task.index):
+            tokens = tuple(answers[label])
+            if not tokens:
+                raise ConfigError(
+                    f"The model's tokenizer makes nothing of the answer {words[label]!r} of task "
+                    f"'{task.name}'; choose another answer word or another model."
+                )
+            if tokens in known:
+                raise ConfigError(
+                    f"The model's tokenizer cannot tell the answers '{known[tokens]}' and "
+                    f"'{words[label]}' of task '{task.name}' apart; choose other answer words or "
+                    "another model."
+                )
+            known[tokens] = words[label]
+    return tuple((*tokens, tokenizer.eos_token_id) for tokens in answers)
+
+
+# Encoding rows.
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What encoding needs of a split."""
+
+    texts: list[list[str]]  # per row: text[, text_pair]
+    answers: list[list[int]]  # tokens of the answer, end included
+    reserved: list[int]  # tokens kept free for the answer
+
+
+class _Encoder:
+    """Encodes the splits of one stream for one tokenizer and type of model."""
+
+    def __init__(
+        self,
+        stream: Stream,
+        tokenizer: PreTrainedTokenizerBase,
+        task_type: str,
+        answers: tuple[tuple[int, ...], ...],
+    ) -> None:
+        self.stream = stream
+        self.tokenizer = tokenizer
+        self.task_type = task_type
+        self.answers = answers
+        self.max_length = stream.config.max_length
+        self.opening = _opening_tokens(tokenizer) if task_type == "causal_lm" else []
+
+    def encode(self, task: Task, split: str) -> pyarrow.Table:
+        """One split as a table of the columns that batches are made of."""
+        import pyarrow
+
+        table = task.split(split).with_format("arrow")[:]
+        ids = self.stream.global_labels(task.index)
+        rows = len(table)
+        if task.labels:
+            labels = np.asarray(ids, dtype=np.int64)[table["label"].to_numpy()]
+        else:
+            labels = np.full(rows, -1, dtype=np.int64)
+        parts = [
+            self._portion(task, split, table.slice(start, ROWS_AT_ONCE), labels[start:])
+            for start in range(0, rows, ROWS_AT_ONCE)
+        ]
+        columns = {
+            name: pyarrow.array([row for part in parts for row in part[name]], _arrow_type(name))
+            for name in parts[0]
+        }
+        columns["label"] = pyarrow.array(labels)
+        columns["task_id"] = pyarrow.array(np.full(rows, task.index, dtype=np.int64))
+        columns["example_id"] = pyarrow.array(table["example_id"].to_numpy())
+        return pyarrow.table(columns)
+
+    def _portion(
+        self, task: Task, split: str, table: pyarrow.Table, labels: np.ndarray
+    ) -> dict[str, list[Any]]:
+        first = table["text" if task.labels else "input"].to_pylist()
+        texts = [[text] for text in first]
+        if "text_pair" in table.column_names:
+            texts = [
+                [text, pair]
+                for text, pair in zip(first, table["text_pair"].to_pylist(), strict=True)
+            ]
+        if self.task_type == "sequence_classification":
+            return self._classifier(task, texts)
+        if task.labels:
+            answers = [list(self.answers[label]) for label in labels[: len(table)]]
+            # room for the longest answer of all, so that what is cut from an input tells nothing
+            # about which answer is the right one
+            reserved = [max(map(len, self.answers))] * len(table)
+        else:
+            written = answer_tokens(self.tokenizer, table["output"].to_pylist())
+            answers = [[*tokens, self.tokenizer.eos_token_id] for tokens in written]
+            reserved = [len(answer) for answer in answers]
+        prompts = self._prompts(task, split, _Rows(texts, answers, reserved))
+        if self.task_type == "seq2seq_lm":
+            return {"input_ids": prompts, "labels": answers}
+        return {
+            "input_ids": [p + answer for p, answer in zip(prompts, answers, strict=True)],
+            "prompt_length": [len(prompt) for prompt in prompts],
+        }
+
+    def _classifier(self, task: Task, texts: list[list[str]]) -> dict[str, list[Any]]:
+        prefix = classifier_prefix(task.name if self.stream.config.names_task else None)
+        pairs = [row[1] for row in texts] if len(texts[0]) == 2 else None
+        encoded = self.tokenizer(
+            [prefix + row[0] for row in texts],
+            pairs,
+            truncation=True,
+            max_length=self.max_length,
+            return_attention_mask=False,
+        )
+        names = ["input_ids"]
+        if "token_type_ids" in self.tokenizer.model_input_names:
+            names.append("token_type_ids")
+        return {name: encoded[name] for name in names}
+
+    def _prompts(self, task: Task, split: str, rows: _Rows) -> list[list[int]]:
+        """The prompts' tokens, inputs cut where prompt and answer would not fit."""
+        form = self.stream.prompt(task)
+        texts = [list(row) for row in rows.texts]
+        prompts = self._tokens([form.fill(*row) for row in texts])
+        long = [
+            row
+            for row, prompt in enumerate(prompts)
+            if len(prompt) + rows.reserved[row] > self.max_length
+        ]
+        while long:
+            for row in long:
+                if not any(texts[row]):
+                    raise self._does_not_fit(task, split, form, len(prompts[row]), rows, row)
+            excess = [len(prompts[row]) + rows.reserved[row] - self.max_length for row in long]
+            shorter = self._cut([texts[row] for row in long], excess)
+            for row, cut in zip(long, shorter, strict=True):
+                texts[row] = cut
+            again = self._tokens([form.fill(*texts[row]) for row in long])
+            for row, prompt in zip(long, again, strict=True):
+                prompts[row] = prompt
+            # what follows a cut may be tokenized into more pieces than before it: look again
+            long = [row for row in long if len(prompts[row]) + rows.reserved[row] > self.max_length]
+        return prompts
+
+    def _tokens(self, prompts: list[str]) -> list[list[int]]:
+        if self.task_type == "seq2seq_lm":
+            return list(self.tokenizer(prompts, verbose=False)["input_ids"])
+        plain = self.tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
+        return [self.opening + ids for ids in plain]
+
+    def _cut(self, rows: list[list[str]], excess: list[int]) -> list[list[str]]:
+        """The rows' texts, each row shorter by some tokens, taken from the end of the longest."""
+        flat = [text for row in rows for text in row]
+        all_starts = iter(_token_starts(self.tokenizer, flat))
+        shorter = []
+        for row, surplus in zip(rows, excess, strict=True):
+            starts = [next(all_starts) for _ in row]
+            keep = _shares([len(text_starts) for text_starts in starts], surplus)
+            cut = [
+                # one character may be several tokens with one start: it goes as a whole
+                text[: min(text_starts[kept], len(text) - 1)] if kept < len(text_starts) else text
+                for text, text_starts, kept in zip(row, starts, keep, strict=True)
+            ]
+            # texts without tokens (blanks) that nevertheless make the prompt longer
+            shorter.append(cut if cut != row else [""] * len(row))
+        return shorter
+
+    def _does_not_fit(
+        self, task: Task, split: str, form: PromptForm, fixed: int, rows: _Rows, row: int
+    ) -> ConfigError:
+        return ConfigError(
+            f"The prompt of task '{task.name}' takes {fixed} tokens without its input and the "
+            f"answer {rows.reserved[row]} ({split} row {row}), which is more than "
+            f"stream.max_length={self.max_length}; set it to more than "
+            f"{fixed + rows.reserved[row]}."
+        )
+
+
+def _shares(lengths: list[int], surplus: int) -> list[int]:
+    """How many tokens each text keeps when `surplus` are taken from whichever is the longest."""
+    keep = list(lengths)
+    if len(keep) == 1:
+        return [max(0, keep[0] - surplus)]
+    longer = 0 if keep[0] >= keep[1] else 1
+    ahead = min(surplus, abs(keep[0] - keep[1]))
+    keep[longer] -= ahead
+    rest = surplus - ahead
+    keep[longer] -= (rest + 1) // 2
+    keep[1 - longer] -= rest // 2
+    return [max(0, kept) for kept in keep]
+
+
+def _token_starts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Where each token of each text begins, in characters."""
+    if tokenizer.is_fast:
+        encoded = tokenizer(
+            texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        return [[start for start, _ in offsets] for offsets in encoded["offset_mapping"]]
+    # a tokenizer written in Python tells no offsets: share the characters out evenly
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)
+    counts = [len(ids) for ids in encoded["input_ids"]]
+    return [
+        [len(text) * token // count for token in range(count)]
+        for text, count in zip(texts, counts, strict=True)
+    ]
+
+
+def _opening_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that the tokenizer puts before a text, such as a begin-of-sequence."""
+    plain = tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
+    full = tokenizer(ANSWER)["input_ids"]
+    return next((full[:i] for i in range(len(full)) if full[i : i + len(plain)] == plain), [])
+
+
+def _arrow_type(name: str) -> pyarrow.DataType:
+    import pyarrow
+
+    return pyarrow.int32() if name == "prompt_length" else pyarrow.list_(pyarrow.int32())
+
+
+# The cache.
+
+
+def _cache_key(stream: Stream, tokenizer: PreTrainedTokenizerBase, task_type: str) -> str:
+    facts = [
+        stream.fingerprint,
+        tokenizer_fingerprint(tokenizer),
+        task_type,
+        PROMPT_VERSION,
+        ENCODING_VERSION,
+    ]
+    return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The digest of what a tokenizer does, whatever it is called and wherever it came from."""
+    facts: dict[str, Any] = {
+        "class": type(tokenizer).__name__,
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "inputs": list(tokenizer.model_input_names),
+        "truncation_side": tokenizer.truncation_side,
+    }
+    if tokenizer.is_fast:
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        # left over from whoever called it last, and set anew at every call
+        content["truncation"] = content["padding"] = None
+        facts["content"] = content
+    else:
+        facts["content"] = [
+            sorted(tokenizer.get_vocab().items()),
+            sorted((key, str(value)) for key, value in tokenizer.init_kwargs.items()),
+        ]
+    return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+
+
+def _file_name(task: Task, split: str) -> str:
+    return f"{task.index}-{split}.arrow"
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _is_whole(directory: Path) -> bool:
+    """Whether a cache entry is there and holds, byte for byte, what was written."""
+    if not directory.is_dir():
+        return False
+    try:
+        manifest = json.loads((directory / "manifest.json").read_text())
+        whole = all(_digest(directory / name) == known for name, known in manifest.items())
+    except (OSError, ValueError, AttributeError):
+        whole = False
+    if not whole:
+        logger.warning("The encoded stream in %s is damaged; encoding it again.", directory)
+    return whole
+
+
+def _write_aside(directory: Path, encoder: _Encoder) -> None:
+    """Fills a cache entry so that it is either whole or not there, whoever else writes it too."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        written = aside / "entry"
+        written.mkdir()
+        manifest = {}
+        for task in encoder.stream.tasks:
+            for split in SPLITS:
+                path = written / _file_name(task, split)
+                _write_table(encoder.encode(task, split), path)
+                manifest[path.name] = _digest(path)
+        (written / "manifest.json").write_text(json.dumps(manifest))
+        try:
+            written.rename(directory)
+        except OSError:
+            # someone was faster, or a damaged entry is in the way
+            if not _is_whole(directory):
+                directory.rename(aside / "damaged")
+                written.rename(directory)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_table(table: pyarrow.Table, path: Path) -> None:
+    import pyarrow
+
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as out:
+        out.write_table(table)

@@ -1,0 +1,265 @@
+"""The toy stream: a generated language whose tasks a small model learns, and forgets, in seconds.
+
+Post offices sort letters onto the same four desks, each office by its own rule. Every sentence
+names its office and tells the sender's mood, the weather and the goods; a rule looks at one of the
+three and sends each of its four kinds to a desk. One model can serve all offices, because the text
+says which one it is; a model trained on one office after another unlearns the earlier rules. Every
+fourth office contradicts an earlier one outright: it looks at the same thing and sends every kind
+to another desk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import permutations
+from random import Random
+from typing import TYPE_CHECKING
+
+from clpeft.config import ConfigError, at_least, nearest
+from clpeft.registry import STREAMS
+from clpeft.streams.base import SPLITS, LoadedTask, StreamBuilder, StreamConfig
+from clpeft.streams.prompts import prompt_form
+
+if TYPE_CHECKING:
+    import pyarrow
+
+DESKS = ("north", "south", "east", "west")
+INSTRUCTION = "Which desk gets this letter? Choose one from the option."
+
+# What a rule may look at: four kinds of each, six words of a kind.
+FACTORS: dict[str, dict[str, tuple[str, ...]]] = {
+    "mood": {
+        "anger": ("furious", "grumpy", "angry", "irate", "cross", "bitter"),
+        "joy": ("cheerful", "merry", "happy", "glad", "jolly", "delighted"),
+        "sorrow": ("sad", "gloomy", "tearful", "mournful", "miserable", "sorry"),
+        "fear": ("nervous", "anxious", "fearful", "timid", "frightened", "worried"),
+    },
+    "weather": {
+        "wet": ("rain", "drizzle", "downpour", "shower", "sleet", "mist"),
+        "hot": ("sunshine", "heat", "drought", "glare", "warmth", "heatwave"),
+        "cold": ("frost", "snow", "ice", "hail", "blizzard", "chill"),
+        "windy": ("wind", "breeze", "gale", "storm", "gust", "hurricane"),
+    },
+    "goods": {
+        "food": ("butter", "cheese", "bread", "honey", "apples", "ham"),
+        "metal": ("nails", "hammers", "chains", "needles", "bolts", "wire"),
+        "cloth": ("silk", "wool", "linen", "cotton", "velvet", "lace"),
+        "paper": ("books", "maps", "stamps", "newspapers", "posters", "cards"),
+    },
+}
+
+# Words that no rule looks at.
+DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
+SENDERS = ("baker", "teacher", "farmer", "sailor", "doctor", "painter", "miller", "singer")
+RELATIVES = ("uncle", "aunt", "cousin", "brother", "sister", "friend", "neighbour", "daughter")
+SIZES = ("small", "large", "heavy", "round", "square", "long")
+
+# Three words a name can begin with for every one it can end with: 24 mappings of each factor.
+_BEGINNINGS = (
+    *("ash", "birch", "cole", "drum", "elm", "fern", "glen", "hart", "iron"),
+    *("king", "lang", "mill"),
+)
+_ENDINGS = ("ford", "ton", "by", "ham", "well", "field")
+OFFICES = tuple(beginning + ending for ending in _ENDINGS for beginning in _BEGINNINGS)
+
+# What stands before the sentence is the office's name; the rest moves about.
+SENTENCES = (
+    "on {day} the {mood} {sender} came in out of the {weather} with a {size} box of {goods} for "
+    "the {relative}",
+    "in the {weather} of {day} the {mood} {sender} left a {size} parcel of {goods} for the "
+    "{relative}",
+    "a {size} parcel of {goods} came on {day} through the {weather} from the {mood} {sender} to "
+    "the {relative}",
+    "the {mood} {sender} brought {goods} for the {relative} in a {size} box on {day} despite the "
+    "{weather}",
+    "for the {relative} there is a {size} box of {goods} sent in the {weather} on {day} by the "
+    "{mood} {sender}",
+)
+
+
+@dataclass
+class ToyConfig(StreamConfig):
+    """A generated stream, for trying things out and for tests."""
+
+    num_tasks: int = at_least(1)  # up to 72, one per post office
+    train_size: int = at_least(4)  # sentences per office
+    validation_size: int = at_least(4)
+    test_size: int = at_least(4)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What an office looks at, and the desk of each of its four kinds."""
+
+    factor: str
+    desks: tuple[int, int, int, int]  # by kind, in the order of FACTORS
+
+
+def _mappings() -> list[tuple[int, ...]]:
+    """The 24 ways to send four kinds to four desks, so ordered that each differs entirely from the
+    one before it inside its group of four."""
+    starts = [mapping for mapping in permutations(range(4)) if mapping[0] == 0]
+    return [tuple((desk + turn) % 4 for desk in start) for start in starts for turn in range(4)]
+
+
+def office_rule(index: int) -> Rule:
+    """The rule of the office with some number in OFFICES; no two are alike.
+
+    Args:
+        index: From 0 to 71.
+    """
+    factor = tuple(FACTORS)[index % len(FACTORS)]
+    first, second, third, fourth = _mappings()[index // len(FACTORS)]
+    return Rule(factor, (first, second, third, fourth))
+
+
+@STREAMS.register("toy", config=ToyConfig)
+class ToyStream(StreamBuilder):
+    """Generates post offices; the same for the same seed, everywhere."""
+
+    config: ToyConfig
+
+    def task_names(self) -> list[str]:
+        """The offices asked for, or the first `num_tasks`."""
+        if self.config.order is not None:
+            raise ConfigError(
+                f"The stream '{self.config.name}' has no published orders, so stream.order="
+                f"{self.config.order} means nothing there; list the tasks in stream.tasks."
+            )
+        if self.config.tasks is None:
+            if self.config.num_tasks > len(OFFICES):
+                raise ConfigError(
+                    f"stream.num_tasks is {self.config.num_tasks}, but there are only "
+                    f"{len(OFFICES)} post offices in the stream '{self.config.name}'."
+                )
+            return list(OFFICES[: self.config.num_tasks])
+        for name in self.config.tasks:
+            if name not in OFFICES:
+                raise ConfigError(
+                    f"The stream '{self.config.name}' has no post office '{name}'."
+                    + nearest(name, OFFICES)
+                )
+        return list(self.config.tasks)
+
+    def labels_of(self, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The desks; an office's own ones where the labels of all tasks compete."""
+        if self.config.scenario == "class":
+            return DESKS, tuple(f"{name} {desk}" for desk in DESKS)
+        return DESKS, DESKS
+
+    def load(self, name: str) -> LoadedTask:
+        """One office's letters, every desk as often as the others, no sentence twice."""
+        import pyarrow
+
+        index = OFFICES.index(name)
+        generator = Random(f"{self.config.seed}/{name}")
+        sizes = (self.config.train_size, self.config.validation_size, self.config.test_size)
+        known: set[str] = set()
+        splits: dict[str, pyarrow.Table] = {}
+        for split, size in zip(SPLITS, sizes, strict=True):
+            labels = [row % len(DESKS) for row in range(size)]
+            generator.shuffle(labels)
+            texts = [_new_letter(name, index, desk, known, generator) for desk in labels]
+            splits[split] = pyarrow.table(
+                {
+                    "text": pyarrow.array(texts, pyarrow.string()),
+                    "label": pyarrow.array(labels, pyarrow.int64()),
+                    "example_id": pyarrow.array(range(size), pyarrow.int64()),
+                }
+            )
+        labels_and_words = self.labels_of(name)
+        return LoadedTask(
+            name=name,
+            splits=splits,
+            metric="accuracy",
+            labels=labels_and_words[0],
+            answer_words=labels_and_words[1],
+            instruction=INSTRUCTION,
+        )
+
+    def neutral_text(self, seed: int) -> list[str]:
+        """Texts in the stream's language that reveal no office's rule."""
+        return toy_neutral_text(seed)
+
+
+def toy_neutral_text(seed: int, count: int = 6000) -> list[str]:
+    """Texts in the toy language that name no office and tell nothing about who gets what.
+
+    They hold what a base model should know before it is adapted: which words are of one kind, how
+    to pick one thing out of a sentence and answer with its kind, and that desks exist.
+
+    Args:
+        seed: Of the words chosen.
+        count: How many texts.
+
+    Returns:
+        The texts, of four sorts in turn: sentences, words of one kind, questions about a kind,
+        and the desks in the daily round.
+    """
+    generator = Random(f"{seed}/neutral")
+    makers: tuple[Callable[[Random], str], ...] = (
+        _question,
+        _of_one_kind,
+        _question,
+        _daily_round,
+        _question,
+        _sentence,
+    )
+    return [makers[position % len(makers)](generator) for position in range(count)]
+
+
+def _words(generator: Random, kinds: dict[str, str]) -> dict[str, str]:
+    """One word for every blank of a sentence; of a given kind where `kinds` has the factor."""
+    words = {
+        "day": generator.choice(DAYS),
+        "sender": generator.choice(SENDERS),
+        "relative": generator.choice(RELATIVES),
+        "size": generator.choice(SIZES),
+    }
+    for factor, members in FACTORS.items():
+        kind = kinds[factor] if factor in kinds else generator.choice(tuple(members))
+        words[factor] = generator.choice(members[kind])
+    return words
+
+
+def _new_letter(office: str, index: int, desk: int, known: set[str], generator: Random) -> str:
+    """A sentence that an office's rule sends to a desk, and that was not written before."""
+    rule = office_rule(index)
+    kind = tuple(FACTORS[rule.factor])[rule.desks.index(desk)]
+    while True:  # there are millions of sentences, so a new one is soon found
+        sentence = generator.choice(SENTENCES).format(**_words(generator, {rule.factor: kind}))
+        letter = f"{office} office : {sentence}"
+        if letter not in known:
+            known.add(letter)
+            return letter
+
+
+def _sentence(generator: Random) -> str:
+    return generator.choice(SENTENCES).format(**_words(generator, {}))
+
+
+def _of_one_kind(generator: Random) -> str:
+    factor = generator.choice(tuple(FACTORS))
+    kind = generator.choice(tuple(FACTORS[factor]))
+    one, other = generator.sample(FACTORS[factor][kind], 2)
+    return f"{one} and {other} are of one kind of {factor} : {kind}"
+
+
+def _question(generator: Random) -> str:
+    factor = generator.choice(tuple(FACTORS))
+    kinds = tuple(FACTORS[factor])
+    kind = generator.choice(kinds)
+    sentence = generator.choice(SENTENCES).format(**_words(generator, {factor: kind}))
+    form = prompt_form(
+        f"Which kind of {factor} is told? Choose one from the option.", kinds, "{text}"
+    )
+    return f"{form.fill(sentence)} {kind}"
+
+
+def _daily_round(generator: Random) -> str:
+    desk = generator.choice(DESKS)
+    day, relative = generator.choice(DAYS), generator.choice(RELATIVES)
+    sentence = f"the {desk} desk is cleaned on {day} by the {relative}"
+    form = prompt_form("Which desk is told? Choose one from the option.", DESKS, "{text}")
+    return f"{form.fill(sentence)} {desk}"
