@@ -326,10 +326,22 @@ class _Contents:
         self.seen: set[bytes] = set()
         self._splits = hashlib.blake2b(digest_size=16)
 
-    def add_split(self, table: pyarrow.Table) -> None:
+    def add_full_split(self, table: pyarrow.Table, digests: list[bytes]) -> None:
+        """Remembers what must not come up as neutral text, where pairs are one text."""
+        if "text_pair" not in table.column_names:
+            self.seen.update(digests)
+            return
+        rows = zip(table["text"].to_pylist(), table["text_pair"].to_pylist(), strict=True)
+        self.seen.update(content_digest(normalise(f"{text}\n{pair}")) for text, pair in rows)
+
+    def add_split(self, table: pyarrow.Table) -> str:
+        """Takes in what is trained or tested on; returns its digest."""
+        digest = hashlib.blake2b(digest_size=16)
         for column in table.column_names:
             values = json.dumps(table[column].to_pylist(), ensure_ascii=False)
-            self._splits.update(f"{column}\0{values}\0".encode())
+            digest.update(f"{column}\0{values}\0".encode())
+        self._splits.update(digest.digest())
+        return digest.hexdigest()
 
     def fingerprint(self, config: StreamConfig, tasks: Sequence[Task]) -> str:
         """The digest of everything about a stream that can change a result.
@@ -480,16 +492,15 @@ def _finish(loaded: LoadedTask, index: int, config: StreamConfig, contents: _Con
     sizes = (config.max_train, config.max_validation, config.max_test)
     finished = {}
     for position, (split, size) in enumerate(zip(SPLITS, sizes, strict=True)):
-        contents.seen.update(digests[split])
         table = loaded.splits[split]
+        contents.add_full_split(table, digests[split])
         if size is not None and size < len(table):
             labels = table["label"].to_numpy() if loaded.labels else None
             # the name, not the position, so that a task's sample is the same in every order
             seed = (config.seed, position, *loaded.name.encode())
             table = table.take(sample_rows(labels, size, len(table), seed))
-        contents.add_split(table)
         finished[split] = datasets.Dataset(
-            table.combine_chunks(), split=split, fingerprint=f"{loaded.name}-{split}"
+            table.combine_chunks(), split=split, fingerprint=contents.add_split(table)
         )
     return Task(
         name=loaded.name,

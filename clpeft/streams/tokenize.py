@@ -45,6 +45,16 @@ class EncodedTask:
         """One of the three splits by its name."""
         return {"train": self.train, "validation": self.validation, "test": self.test}[name]
 
+    @property
+    def name(self) -> str:
+        """The task's name."""
+        return self.task.name
+
+    @property
+    def index(self) -> int:
+        """The task's place in the stream, from 0."""
+        return self.task.index
+
 
 @dataclass(frozen=True)
 class EncodedStream:
