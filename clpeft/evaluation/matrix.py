@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -65,6 +66,23 @@ def matrix_heatmap(
     bar.set_label(f"{metric} (%)", fontsize=9)
     bar.outline.set_visible(False)
     return figure
+
+
+def figure_pixels(figure: Figure) -> np.ndarray:
+    """A figure as an image, for loggers that would otherwise load pyplot to draw it.
+
+    Args:
+        figure: Any figure.
+
+    Returns:
+        Height × width × 3 (red, green, blue), bytes.
+    """
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def _annotate(axes: Axes, matrix: Sequence[Sequence[float | None]], size: int) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE, SIMPLE_HEAD
@@ -28,8 +29,8 @@ log = logging.getLogger(__name__)
 class ConsoleObserver(Observer):
     """Bars over tasks and steps with the time left, then the matrix and the metrics as tables.
 
-    Where standard output is no terminal (a file, a batch system's log) there are no bars but plain
-    log lines: one per task, one per evaluation, one a minute in between.
+    Every task and every evaluation is a log line. Where standard output is no terminal (a file, a
+    batch system's log) there are no bars, and one more log line a minute in between.
 
     Args:
         console: Where to write; standard output if None.
@@ -42,7 +43,7 @@ class ConsoleObserver(Observer):
         self._loss: float | None = None
         self._task = 0
         self._name = ""
-        self._steps = 0  # of the current task
+        self._steps = 1  # of the current task
         self._done = 0  # of those
         self._before: float | None = None  # share of the run that was done before this process
         self._started = self._next = time.monotonic()
@@ -53,21 +54,30 @@ class ConsoleObserver(Observer):
         self._tasks = info.tasks
         self._task, self._done = info.resumed_at_task, info.resumed_task_steps
         share = 100 * info.trainable_parameters / info.total_parameters
-        lines = [
-            f"{info.name}: {' + '.join(info.strategies)} on {info.stream}, "
-            f"{len(info.tasks)} tasks ({', '.join(info.tasks)})",
-            f"parameters: {info.total_parameters:,} in total, {info.trainable_parameters:,} "
-            f"trainable ({share:.2f} %)",
-        ]
+        log.info(
+            "%s: %s on %s, %d tasks (%s)",
+            info.name,
+            " + ".join(info.strategies),
+            info.stream,
+            len(info.tasks),
+            ", ".join(info.tasks),
+        )
+        log.info(
+            "parameters: %s in total, %s trainable (%.2f %%)",
+            f"{info.total_parameters:,}",
+            f"{info.trainable_parameters:,}",
+            share,
+        )
         if info.resumed_at_step:
-            lines.append(
-                f"resumed after {info.resumed_at_step} steps, in task {info.resumed_at_task + 1}"
+            log.info(
+                "resumed after %d steps, at task %d/%d",
+                info.resumed_at_step,
+                info.resumed_at_task + 1,
+                len(info.tasks),
             )
-        for line in lines:
-            self._say(line)
         if self._console.is_terminal:
             self._pause = REFRESH_SECONDS
-            self._bars = _Bars(self._console, len(info.tasks))
+            self._bars = _Bars(self._console)
             self._refresh()
 
     def on_task_start(self, index: int, name: str, steps: int) -> None:
@@ -79,8 +89,7 @@ class ConsoleObserver(Observer):
             self._before = self._share_done()
             self._started = time.monotonic()
         self._loss = None
-        if self._bars is None:
-            log.info("task %d/%d %s: %d steps", index + 1, len(self._tasks), name, steps)
+        log.info("task %d/%d %s: %d steps", index + 1, len(self._tasks), name, steps)
         self._refresh()
 
     def on_step(self, step: int, logs: dict[str, float] | None) -> None:
@@ -109,13 +118,14 @@ class ConsoleObserver(Observer):
             for name, score in zip(self._tasks, row, strict=True)
             if score is not None
         ]
-        when = f"after {trained}/{len(self._tasks)} tasks" if trained else "untrained"
-        self._say(f"{when}: {', '.join(scores)}{self._left_text(' · ') if trained else ''}")
+        if scores:
+            when = f"after {trained}/{len(self._tasks)} tasks" if trained else "untrained"
+            log.info("%s: %s%s", when, ", ".join(scores), self._left_text(" · "))
         self._refresh()
 
     def on_task_end(self, index: int) -> None:
         """See `Observer`."""
-        self._done = self._steps
+        self._task, self._done = index, self._steps
         self._refresh()
 
     def close(self, exit_code: int, results: dict[str, Any] | None) -> None:
@@ -123,26 +133,8 @@ class ConsoleObserver(Observer):
         if self._bars is not None:
             self._bars.stop()
             self._bars = None
-        if results is None:
-            return
-        console = self._console
-        fitting = matrix_table(results["matrix"], results["tasks"])
-        if not console.is_terminal:
-            # a file has no edge at which to cut a row
-            console = Console(file=console.file, width=max(console.width, _width(console, fitting)))
-        elif _width(console, fitting) > console.width:
-            fitting = matrix_table(results["matrix"], results["tasks"], compact=True)
-        console.print(fitting)
-        console.print(metrics_table(results["metrics"]))
-        for name, reason in results["undefined"].items():
-            line = Text(f"{name} is undefined: {reason}", style="dim")
-            console.print(line, soft_wrap=True)
-
-    def _say(self, line: str) -> None:
-        if self._console.is_terminal:
-            self._console.print(line, markup=False, highlight=False)
-        else:
-            log.info("%s", line)
+        if results is not None:
+            show_results(results, self._console)
 
     def _refresh(self) -> None:
         self._next = time.monotonic() + self._pause
@@ -159,7 +151,8 @@ class ConsoleObserver(Observer):
 
     def _share_done(self) -> float:
         """Of the whole run, every task counting the same."""
-        within = self._done / self._steps if self._steps else 0.0
+        # what has no steps is done as soon as it begins
+        within = self._done / self._steps if self._steps else 1.0
         return (self._task + within) / len(self._tasks)
 
     def _loss_text(self, prefix: str) -> str:
@@ -179,7 +172,7 @@ class _Bars:
     Not by a thread of its own, which would take turns with the training loop.
     """
 
-    def __init__(self, console: Console, tasks: int) -> None:
+    def __init__(self, console: Console) -> None:
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -190,7 +183,6 @@ class _Bars:
             expand=True,
             redirect_stderr=sys.stderr.isatty(),  # else it goes to a file, and shall go on to
         )
-        self._tasks = tasks
         self._all: TaskID = self._progress.add_task("run", total=1.0, count="", note="")
         self._one: TaskID = self._progress.add_task("", total=None, count="", note="")
         self._teardown = ExitStack()
@@ -224,6 +216,60 @@ class _Bars:
     def stop(self) -> None:
         """Gives the terminal back."""
         self._teardown.close()
+
+
+@contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Sends our log lines to standard output and, with the time and their origin, to a file.
+
+    Args:
+        path: The file, which is appended to; its folder is there.
+    """
+    screen = logging.StreamHandler(sys.stdout)
+    screen.setFormatter(_ScreenFormatter())
+    file = logging.FileHandler(path, encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root, ours = logging.getLogger(), logging.getLogger("clpeft")
+    level = ours.level
+    ours.setLevel(logging.INFO)  # other libraries' loggers stay at the root's, warnings
+    for handler in (screen, file):
+        root.addHandler(handler)
+    try:
+        yield
+    finally:
+        ours.setLevel(level)
+        for handler in (screen, file):
+            root.removeHandler(handler)
+        file.close()
+
+
+class _ScreenFormatter(logging.Formatter):
+    """A person needs to be told of a warning that it is one, and nothing else about a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno < logging.WARNING else f"{record.levelname}: {text}"
+
+
+def show_results(results: dict[str, Any], console: Console | None = None) -> None:
+    """Prints the matrix and the metrics of a completed run, and why others are undefined.
+
+    Args:
+        results: The content of results.json.
+        console: Where to; standard output if None.
+    """
+    console = console or Console()
+    fitting = matrix_table(results["matrix"], results["tasks"])
+    if not console.is_terminal:
+        # a file has no edge at which to cut a row
+        console = Console(file=console.file, width=max(console.width, _width(console, fitting)))
+    elif _width(console, fitting) > console.width:
+        fitting = matrix_table(results["matrix"], results["tasks"], compact=True)
+    console.print(fitting)
+    console.print(metrics_table(results["metrics"]))
+    for name, reason in results["undefined"].items():
+        line = Text(f"{name} is undefined: {reason}", style="dim")
+        console.print(line, soft_wrap=True)
 
 
 def matrix_table(

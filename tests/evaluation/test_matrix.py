@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from clpeft.evaluation.matrix import empty_matrix, matrix_heatmap
+from clpeft.evaluation.matrix import empty_matrix, figure_pixels, matrix_heatmap
 
 MATRIX = [
     [0.25, 0.5, None],
@@ -91,3 +91,15 @@ def test_drawing_touches_no_window_system_and_no_random_state():
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_pixels_are_the_figure_as_bytes():
+    figure = matrix_heatmap(MATRIX, TASKS)
+    pixels = figure_pixels(figure)
+    width, height = figure.get_size_inches() * figure.dpi
+    assert pixels.dtype == np.uint8
+    assert pixels.shape == (int(height), int(width), 3)
+    assert tuple(pixels[0, 0]) == (255, 255, 255)  # the margin
+    # viridis from its dark end, rgb(68, 1, 84), to its bright one, rgb(253, 231, 37), in the bar
+    colours = {tuple(colour) for colour in pixels.reshape(-1, 3).tolist()}
+    assert {(68, 1, 84), (253, 231, 37)} <= colours

@@ -53,8 +53,8 @@ def play():
             for logs in (None, {"train/loss": 1.0 / (index + 1), "train/lr": 0.001}):
                 step += 1
                 observer.on_step(step, logs)
-            observer.on_task_end(index)
             observer.on_evaluation(index + 1, MATRIX[index + 1])
+            observer.on_task_end(index)
         observer.close(exit_code, results)
 
     return tell

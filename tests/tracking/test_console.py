@@ -10,7 +10,7 @@ import time
 import pytest
 from rich.console import Console
 
-from clpeft.tracking.console import ConsoleObserver, matrix_table
+from clpeft.tracking.console import ConsoleObserver, log_to, matrix_table
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -71,18 +71,15 @@ def test_without_a_terminal_there_are_plain_lines_and_no_bars(run_info, play, ca
     assert "\x1b" not in console.file.getvalue()
 
 
-def test_at_a_terminal_there_are_bars_over_tasks_and_steps(run_info, play, caplog):
+def test_at_a_terminal_there_are_bars_over_tasks_and_steps(run_info, play):
     console = at_a_terminal()
     play(ConsoleObserver(console), run_info())
     text = printed(console)
-    assert "parameters: 1,234,567 in total, 12,345 trainable (1.00 %)" in text
     assert re.search(r"task 1/2 north ━+ 2/2", text)
     assert re.search(r"run +[━╸╺]+ 50 %", text)
     assert re.search(r"task 2/2 south ━+ 2/2 +loss 0.500", text)
     assert re.search(r"run +━+ 100 %", text)
-    assert "after 1/2 tasks: north 87.5, south 50.0" in text
     assert re.search(r"after 2 south +62.5 +100.0", text)
-    assert caplog.messages == []  # nothing is said twice
     # the cursor, hidden under the bars, is shown again
     assert console.file.getvalue().count("\x1b[?25l") == console.file.getvalue().count("\x1b[?25h")
 
@@ -159,7 +156,7 @@ def test_the_time_left_after_a_resume_counts_what_this_process_did(run_info, clo
             resumed_task_steps=5,
         )
     )
-    assert caplog.messages[-1] == "resumed after 15 steps, in task 2"
+    assert caplog.messages[-1] == "resumed after 15 steps, at task 2/4"
     observer.on_task_start(1, "b", 10)
     clock.now += 25
     observer.on_task_end(1)
@@ -184,13 +181,32 @@ def test_bars_are_not_drawn_more_often_than_twice_a_second(run_info, clock):
     observer.close(1, None)
 
 
-def test_a_task_without_steps(run_info, caplog):
+def test_tasks_whose_training_is_left_to_a_later_one(run_info, clock, caplog):
+    # as `joint` does: no row, no steps, and in the end one training for all
+    observer = ConsoleObserver(in_a_file())
+    observer.on_run_start(run_info())
+    observer.on_evaluation(0, [None, None])
+    observer.on_evaluation(1, [None, None])
+    observer.on_task_end(0)
+    assert len(caplog.messages) == 2  # the run and its parameters
+    observer.on_task_start(1, "south", 4)
+    clock.now += 61
+    observer.on_step(1, {"train/loss": 0.5})
+    # three more steps
+    assert caplog.messages[-1] == "task 2/2 south: step 1/4, loss 0.500, about 0:03:03 left"
+
+
+def test_a_task_without_steps(run_info, clock, caplog):
     observer = ConsoleObserver(in_a_file())
     observer.on_run_start(run_info())
     observer.on_task_start(0, "north", 0)
-    observer.on_task_end(0)
     observer.on_evaluation(1, [0.5, 0.5])
+    observer.on_task_end(0)
     assert caplog.messages[-1] == "after 1/2 tasks: north 50.0, south 50.0"
+    observer.on_task_start(1, "south", 2)
+    clock.now += 100
+    observer.on_step(1, {"train/loss": 0.5})
+    assert caplog.messages[-1] == "task 2/2 south: step 1/2, loss 0.500, about 0:01:40 left"
 
 
 def test_many_tasks_fit_a_narrow_terminal_and_are_whole_in_a_file(run_info):
@@ -211,6 +227,26 @@ def test_many_tasks_fit_a_narrow_terminal_and_are_whole_in_a_file(run_info):
     assert row.split()[3:] == ["12.5"] * 15
     head = next(line for line in printed(file).splitlines() if "dataset-14" in line)
     assert head.split() == tasks
+
+
+def test_log_lines_go_to_the_screen_and_with_their_time_into_a_file(tmp_path, capsys):
+    (tmp_path / "run.log").write_text("from before\n")
+    ours, other = logging.getLogger("clpeft.somewhere"), logging.getLogger("other")
+    before = list(logging.getLogger().handlers)
+    with log_to(tmp_path / "run.log"):
+        ours.info("all is %s", "well")
+        ours.debug("not said")
+        other.warning("look out")
+    ours.warning("not recorded")
+    assert capsys.readouterr().out == "all is well\nWARNING: look out\n"
+    lines = (tmp_path / "run.log").read_text().splitlines()
+    stamp = r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} "
+    assert [re.sub(stamp, "", line) for line in lines] == [
+        "from before",
+        "INFO clpeft.somewhere: all is well",
+        "WARNING other: look out",
+    ]
+    assert logging.getLogger().handlers == before
 
 
 def test_cells_that_were_not_evaluated_are_a_dot():

@@ -1,5 +1,7 @@
 """The guard between observers and training."""
 
+import time
+
 import pytest
 
 from clpeft.tracking.base import Observer, Observers
@@ -101,3 +103,14 @@ def test_observers_close_in_reverse():
 
 def test_the_base_observer_does_nothing():
     play(Observer())
+
+
+def test_a_silent_step_costs_next_to_nothing():
+    observers = Observers([Observer(), Observer(), Observer(), Observer()])
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        for step in range(10_000):
+            observers.on_step(step, None)
+        best = min(best, (time.perf_counter() - start) / 10_000)
+    assert best < 4 * 5e-6  # measured: 0.4 µs for the four
