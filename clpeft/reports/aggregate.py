@@ -21,6 +21,7 @@ from clpeft.reports.runs import Matrix, Run
 RANKED_BY = "average_accuracy"
 BASELINE = ("finetune",)  # what the other strategies are compared with
 INDEPENDENT = ("independent",)  # whose diagonal is the S_i of intransigence
+DPI = 150  # of the pictures
 DIGITS = 3  # after the point, wherever a score is shown
 # what two runs must share for one to be the other's baseline, besides their setting
 TRAINING_KEYS = ("optimizer", "scheduler", "training")
@@ -49,6 +50,7 @@ class Row:
 
     label: str
     runs: tuple[Run, ...]  # one per seed, in order of seed
+    scores: tuple[dict[str, float], ...]  # the metrics of each of them
     metrics: dict[str, Estimate]
     undefined: dict[str, str]
     differences: dict[str, Estimate]  # to the baseline, paired by seed
@@ -106,15 +108,15 @@ class Leaderboard:
     def best(self, metric: str) -> set[str]:
         """The labels of the contenders that lead in a metric.
 
-        More than one where they are equal in the digits that are shown; none where fewer than
-        two contenders have a value, because there is nothing to be better than.
+        More than one where they are equal in the digits that are shown; none where all are
+        equal, or only one has a value, because there is nothing to be better than.
         """
         shown = {
             row.label: round(row.metrics[metric].mean, DIGITS)
             for row in self.contenders
             if metric in row.metrics
         }
-        if len(shown) < 2:
+        if len({*shown.values()}) < 2:
             return set()
         top = min(shown.values()) if metric in LOWER_IS_BETTER else max(shown.values())
         return {label for label, value in shown.items() if value == top}
@@ -324,6 +326,7 @@ def _row(
     return Row(
         label=label,
         runs=tuple(runs),
+        scores=tuple(scored[label][run.seed][0] for run in runs),
         metrics=metrics,
         undefined=undefined,
         differences={} if baseline is None else _differences(scored[label], scored[baseline]),

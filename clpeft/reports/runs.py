@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,8 +80,8 @@ class UnfinishedRun:
     seed: int | None
     message: str  # the exception's last line, or the reason it stopped
     host: str
-    started: str
-    ended: str
+    started: float | None  # seconds since 1970
+    ended: float | None
 
 
 @dataclass
@@ -182,6 +183,8 @@ def _unfinished(
     message = next((line for line in lines if line), "")
     if state == "completed":
         message = f"completed, but there is no {RESULTS}"
+    if state == "running" and _process_is_gone(status):
+        message = f"its process {status['process']} is gone: it was killed"
     strategies = config.get("strategies")
     seed = config.get("seed")
     return UnfinishedRun(
@@ -191,9 +194,27 @@ def _unfinished(
         seed=seed if isinstance(seed, int) else None,
         message=message,
         host=str(status.get("host") or ""),
-        started=str(status.get("started") or ""),
-        ended=str(status.get("ended") or ""),
+        started=_time(status.get("started")),
+        ended=_time(status.get("ended")),
     )
+
+
+def _time(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _process_is_gone(status: dict[str, Any]) -> bool:
+    """Whether a run that calls itself running was killed; False where that cannot be known."""
+    process = status.get("process")
+    if not isinstance(process, int) or status.get("host") != socket.gethostname():
+        return False
+    try:
+        os.kill(process, 0)  # signal 0 asks whether it is there and does nothing to it
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
 
 
 def _optional(path: Path, read: Any, notes: list[Note]) -> dict[str, Any]:

@@ -157,6 +157,6 @@ def sweep(tmp_path: Path, write_run: WriteRun, write_status: WriteRun) -> Path:
         exception="Traceback (most recent call last):\n  ...\nRuntimeError: singular <matrix>\n",
         host="node7",
     )
-    write_status("agem-s0-beef0000", status="running", started="2025-01-02T03:04:05")
+    write_status("agem-s0-beef0000", status="running", started=1735787045.5)
     write_status("agem-s1-beef0001", status="preempted", reason="SIGTERM at step 40")
     return tmp_path / "sweep"

@@ -1,0 +1,162 @@
+"""The report as one HTML page that needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+
+from clpeft import __version__
+from clpeft.evaluation.metrics import LOWER_IS_BETTER
+from clpeft.reports.aggregate import (
+    DPI,
+    RANKED_BY,
+    Leaderboard,
+    differing_keys,
+    flatten,
+    settings,
+)
+from clpeft.reports.runs import Collection, Run
+from clpeft.reports.tables import cell_text, how_to_cite
+
+TEMPLATE = "report.html.jinja"
+NAMES = {
+    "average_accuracy": "average accuracy",
+    "average_accuracy_micro": "average accuracy, micro",
+    "average_anytime_accuracy": "anytime accuracy",
+    "average_anytime_accuracy_micro": "anytime accuracy, micro",
+    "learning_accuracy": "learning accuracy",
+    "backward_transfer": "backward transfer",
+    "forgetting": "forgetting",
+    "forward_transfer": "forward transfer",
+    "intransigence": "intransigence",
+    "retained_learning": "retained learning",
+}
+CSS_DPI = 96
+COMPARED = ("average_accuracy", "learning_accuracy", "forgetting")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure inside the page."""
+
+    caption: str
+    source: str  # a data URI
+    width: int  # CSS pixels at which its text is as large as the page's
+
+
+def render_html(
+    collection: Collection,
+    boards: Sequence[Leaderboard],
+    figures: Mapping[str, Sequence[tuple[str, Path]]],
+) -> str:
+    """Makes the page.
+
+    Args:
+        collection: Everything that was found.
+        boards: The leaderboards made of it.
+        figures: Captions and PNG files of each leaderboard, by its slug.
+
+    Returns:
+        HTML with its pictures inside; everything that was read is escaped.
+    """
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(bytes=human_bytes, seconds=human_seconds, clock=clock)
+    template = environment.from_string(
+        (resources.files("clpeft.reports") / TEMPLATE).read_text(encoding="utf-8")
+    )
+    return template.render(
+        version=__version__,
+        made=clock(time.time()),
+        collection=collection,
+        boards=boards,
+        pictures={slug: [_picture(*pair) for pair in pairs] for slug, pairs in figures.items()},
+        names=NAMES,
+        compared=COMPARED,
+        ranked_by=RANKED_BY,
+        lower_is_better=LOWER_IS_BETTER,
+        cell=cell_text,
+        own_settings=own_settings,
+        telling_metrics=telling_metrics,
+        how_to_cite=how_to_cite,
+        environment=environment_table([run for board in boards for run in _runs(board)]),
+    )
+
+
+def telling_metrics(board: Leaderboard) -> list[str]:
+    """The metrics worth a column: not the micro averages where all test sets are of one size."""
+    sizes = board.rows[0].runs[0].test_sizes
+    same = sizes is not None and len({*sizes}) == 1
+    return [name for name in board.metrics if not (same and name.endswith("_micro"))]
+
+
+def own_settings(board: Leaderboard) -> dict[str, str]:
+    """Per family what its config has that another family's has not, as overrides."""
+    configs = {row.label: settings(row.runs[0]) for row in board.rows}
+    keys = differing_keys(list(configs.values()))
+    return {
+        label: " ".join(f"{key}={config[key]}" for key in keys if key in config)
+        for label, config in configs.items()
+    }
+
+
+def environment_table(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Versions, hosts and commits of all runs; where they differ, with how many have which."""
+    facts: dict[str, Counter[str]] = {}
+    for run in runs:
+        told = {
+            key: run.status[key]
+            for key in ("git_commit", "host", "versions")
+            if run.status.get(key) is not None
+        }
+        for key, value in {**flatten(told), **flatten(run.environment)}.items():
+            facts.setdefault(key, Counter())[value] += 1
+    return [
+        (
+            key,
+            next(iter(values))
+            if len(values) == 1 and values.total() == len(runs)
+            else ", ".join(f"{value} ({count} runs)" for value, count in values.most_common()),
+        )
+        for key, values in sorted(facts.items())
+    ]
+
+
+def human_bytes(value: float) -> str:
+    """`1.5 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError("the last unit takes everything")
+
+
+def human_seconds(value: float) -> str:
+    """`12.3 s`, `4.5 min`, `6.7 h`."""
+    if value < 100:
+        return f"{value:.1f} s"
+    return f"{value / 60:.1f} min" if value < 6000 else f"{value / 3600:.1f} h"
+
+
+def clock(seconds: float) -> str:
+    """A time since 1970 as a date, in UTC."""
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
+
+
+def _runs(board: Leaderboard) -> list[Run]:
+    return [run for row in board.rows for run in row.runs]
+
+
+def _picture(caption: str, path: Path) -> Picture:
+    content = path.read_bytes()
+    pixels = int.from_bytes(content[16:20], "big")  # the width in a PNG's header
+    encoded = base64.b64encode(content).decode("ascii")
+    return Picture(caption, f"data:image/png;base64,{encoded}", pixels * CSS_DPI // DPI)

@@ -1,0 +1,82 @@
+"""The whole report: reads runs, writes page, pictures and tables, prints the leaderboards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from clpeft.config import ConfigError
+from clpeft.reports.aggregate import Leaderboard, leaderboards
+from clpeft.reports.html import render_html
+from clpeft.reports.runs import Collection, collect_runs
+from clpeft.reports.tables import (
+    print_leaderboards,
+    write_latex,
+    write_leaderboard_csv,
+    write_runs_csv,
+)
+
+PAGE = "report.html"
+DIRECTORY = "report"  # below the first directory reported on, unless another is given
+
+
+def report_on(directories: Sequence[Path], out: Path | None = None) -> int:
+    """`clpeft report`: prints the leaderboards and writes the report.
+
+    Args:
+        directories: Run or sweep directories, or any above them.
+        out: Where to write it; `<first directory>/report` by default.
+
+    Returns:
+        The exit code: 1 after a mistake in what was asked for, told in one sentence.
+    """
+    try:
+        collection = collect_runs(directories, exclude=_place(directories, out))
+    except ConfigError as error:
+        Console(stderr=True).print(f"clpeft: {error}", markup=False, soft_wrap=True)
+        return 1
+    boards = leaderboards(collection.runs)
+    console = Console()
+    print_leaderboards(boards, collection, console)
+    page = _write(collection, boards, _place(directories, out))
+    console.print(f"Report: {page}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def write_report(directories: Sequence[Path], out: Path | None = None) -> Path:
+    """Writes the report on some runs: one HTML page, its figures, two CSV files, a LaTeX file.
+
+    Args:
+        directories: Run or sweep directories, or any above them.
+        out: Where to write it; `<first directory>/report` by default. Never read as runs.
+
+    Returns:
+        The HTML page.
+
+    Raises:
+        ConfigError: If a directory does not exist or holds no run.
+    """
+    place = _place(directories, out)
+    collection = collect_runs(directories, exclude=place)
+    return _write(collection, leaderboards(collection.runs), place)
+
+
+def _place(directories: Sequence[Path], out: Path | None) -> Path:
+    return Path(directories[0]) / DIRECTORY if out is None else Path(out)
+
+
+def _write(collection: Collection, boards: Sequence[Leaderboard], out: Path) -> Path:
+    # drawing needs matplotlib, which the leaderboards on the console should not wait for
+    from clpeft.reports.figures import save_figures, strategy_styles
+
+    out.mkdir(parents=True, exist_ok=True)
+    styles = strategy_styles(boards)
+    figures = {board.slug: save_figures(board, styles, out / "figures") for board in boards}
+    write_leaderboard_csv(boards, out / "leaderboard.csv")
+    write_runs_csv(boards, out / "runs.csv")
+    write_latex(boards, out / "leaderboard.tex")
+    page = out / PAGE
+    page.write_text(render_html(collection, boards, figures), encoding="utf-8")
+    return page
