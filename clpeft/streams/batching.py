@@ -112,24 +112,28 @@ class Ragged:
     starts: np.ndarray
     lengths: np.ndarray
 
-    def padded(self, rows: np.ndarray, fill: int, multiple: int | None = None) -> np.ndarray:
-        """Some rows, filled up on the right to the longest of them: [len(rows), width] int64."""
-        width, own = self._width_and_own(rows, multiple)
-        positions = self.starts[rows, None] + np.arange(width)
-        # beyond the last row's end there is nothing to read; what is read there is not kept
-        gathered = self.values.take(positions, mode="clip")
-        return np.where(own, gathered, np.int64(fill))
+    def padded(
+        self, rows: np.ndarray, fill: int, multiple: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Some rows as a matrix, filled up on the right to the longest of them.
 
-    def own(self, rows: np.ndarray, multiple: int | None = None) -> np.ndarray:
-        """Which places of `padded` hold a row's own numbers: [len(rows), width] bool."""
-        return self._width_and_own(rows, multiple)[1]
+        Args:
+            rows: [B] which ones.
+            fill: What stands after a row's end.
+            multiple: What the width is rounded up to a multiple of.
 
-    def _width_and_own(self, rows: np.ndarray, multiple: int | None) -> tuple[int, np.ndarray]:
+        Returns:
+            The numbers, [B, width] int64, and which places hold a row's own, [B, width] bool.
+        """
         lengths = self.lengths[rows]
         width = int(lengths.max(initial=1))
         if multiple is not None:
             width = -(-width // multiple) * multiple
-        return width, np.arange(width) < lengths[:, None]
+        places = np.arange(width)
+        own = places < lengths[:, None]
+        # beyond the last row's end there is nothing to read; what is read there is not kept
+        gathered = self.values.take(self.starts[rows, None] + places, mode="clip")
+        return np.where(own, gathered, np.int64(fill)), own
 
 
 class Columns:
@@ -205,20 +209,18 @@ class Collator:
             columns: The data set.
             indices: [B] rows; B may be 0, which gives a batch of no examples.
         """
-        tokens = columns.ragged["input_ids"]
-        own = tokens.own(indices, self.pad_to_multiple_of)
-        input_ids = tokens.padded(indices, self.pad_token_id, self.pad_to_multiple_of)
+        multiple = self.pad_to_multiple_of
+        input_ids, own = columns.ragged["input_ids"].padded(indices, self.pad_token_id, multiple)
         inputs = {"input_ids": input_ids, "attention_mask": own.astype(np.int64)}
         if "token_type_ids" in columns.ragged:
-            inputs["token_type_ids"] = columns.ragged["token_type_ids"].padded(
-                indices, 0, self.pad_to_multiple_of
-            )
+            types = columns.ragged["token_type_ids"]
+            inputs["token_type_ids"] = types.padded(indices, 0, multiple)[0]
         if self.task_type == "causal_lm":
             prompt = columns.numbers["prompt_length"][indices, None]
             answers = own & (np.arange(own.shape[1]) >= prompt)
             labels = np.where(answers, input_ids, np.int64(IGNORED))
         elif self.task_type == "seq2seq_lm":
-            labels = columns.ragged["labels"].padded(indices, IGNORED)
+            labels = columns.ragged["labels"].padded(indices, IGNORED)[0]
         else:
             labels = columns.numbers["label"][indices]
         return Batch(

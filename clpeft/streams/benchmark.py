@@ -39,7 +39,7 @@ class BenchmarkStream(FolderStream):
             f"<data_dir>/{self.config.tasks_dir}/<task>/{{train,validation,test}}.parquet with a "
             "labels.json beside them"
         )
-        if self.data_dir is None:
+        if not self.data_dir:
             raise ConfigError(
                 f"The stream '{self.config.name}' reads public data from a folder that you name: "
                 "set paths.data_dir=<folder> or the environment variable CLPEFT_DATA to one that "

@@ -10,7 +10,6 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from omegaconf import MISSING
 
 from clpeft.config import ConfigError, nearest
 from clpeft.registry import STREAMS
@@ -43,7 +42,7 @@ NEUTRAL_TEXTS = 6000
 class FolderConfig(StreamConfig):
     """Your own tasks, read from a folder."""
 
-    path: str = MISSING  # holds <task>/{train,validation,test}.{csv,jsonl,parquet}
+    path: str | None = None  # holds <task>/{train,validation,test}.{csv,jsonl,parquet}; required
     # how tasks with `output` are scored, where their labels.json does not say
     metric: str = field(default="rougeL", metadata={"options": ("rougeL", "exact_match")})
 
@@ -79,11 +78,18 @@ class FolderStream(StreamBuilder):
         Raises:
             ConfigError: If it does not exist.
         """
+        expected = (
+            "a folder that holds a sub-folder per task with train, validation and test as .csv, "
+            ".jsonl or .parquet"
+        )
+        if self.config.path is None:
+            raise ConfigError(
+                f"The stream '{self.config.name}' needs stream.path=<folder>: {expected}."
+            )
         root = Path(self.config.path).expanduser()
         if not root.is_dir():
             raise ConfigError(
-                f"stream.path={self.config.path} is not a folder; it must be one that holds a "
-                "sub-folder per task with train, validation and test as .csv, .jsonl or .parquet."
+                f"stream.path={self.config.path} is not a folder; it must be {expected}."
             )
         return root
 
@@ -156,7 +162,7 @@ class FolderStream(StreamBuilder):
         return texts
 
     def _check_files(self, root: Path, name: str) -> None:
-        if not (root / name).is_dir():
+        if name not in {path.name for path in root.iterdir() if path.is_dir()}:
             raise ConfigError(
                 f"The stream '{self.config.name}' has no task '{name}' in {root}."
                 + nearest(name, task_folders(root))

@@ -101,7 +101,9 @@ def encode_stream(
 
     answers = _answers(stream, tokenizer, task_type)
     directory = Path(cache_dir) / "tokenized" / _cache_key(stream, tokenizer, task_type)
-    if not _is_whole(directory):
+    if not _is_whole(directory, stream):
+        if directory.exists():
+            logger.warning("The encoded stream in %s is damaged; encoding it again.", directory)
         encoder = _Encoder(stream, tokenizer, task_type, answers)
         _write_aside(directory, encoder)
     encoded = []
@@ -130,12 +132,19 @@ def answer_tokens(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) ->
     """
     if not answers:
         return []
-    prompt = tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
-    following = tokenizer([f"{ANSWER} {text}" for text in answers], add_special_tokens=False)
-    if all(ids[: len(prompt)] == prompt for ids in following["input_ids"]):
-        return [ids[len(prompt) :] for ids in following["input_ids"]]
-    alone = tokenizer([f" {text}" for text in answers], add_special_tokens=False)
-    return list(alone["input_ids"])
+
+    def tokens(texts: list[str]) -> list[list[int]]:
+        return list(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+
+    (prompt,) = tokens([ANSWER])
+    following = tokens([f"{ANSWER} {text}" for text in answers])
+    found = [ids[len(prompt) :] for ids in following]
+    # where the prompt's end and the answer's beginning make one token
+    joined = [i for i, ids in enumerate(following) if ids[: len(prompt)] != prompt]
+    if joined:
+        for row, ids in zip(joined, tokens([f" {answers[i]}" for i in joined]), strict=True):
+            found[row] = ids
+    return found
 
 
 def _answers(
@@ -420,18 +429,16 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def _is_whole(directory: Path) -> bool:
+def _is_whole(directory: Path, stream: Stream) -> bool:
     """Whether a cache entry is there and holds, byte for byte, what was written."""
-    if not directory.is_dir():
-        return False
+    expected = {_file_name(task, split) for task in stream.tasks for split in SPLITS}
     try:
         manifest = json.loads((directory / "manifest.json").read_text())
-        whole = all(_digest(directory / name) == known for name, known in manifest.items())
+        return manifest.keys() == expected and all(
+            _digest(directory / name) == known for name, known in manifest.items()
+        )
     except (OSError, ValueError, AttributeError):
-        whole = False
-    if not whole:
-        logger.warning("The encoded stream in %s is damaged; encoding it again.", directory)
-    return whole
+        return False
 
 
 def _write_aside(directory: Path, encoder: _Encoder) -> None:
@@ -452,7 +459,7 @@ def _write_aside(directory: Path, encoder: _Encoder) -> None:
             written.rename(directory)
         except OSError:
             # someone was faster, or a damaged entry is in the way
-            if not _is_whole(directory):
+            if not _is_whole(directory, encoder.stream):
                 directory.rename(aside / "damaged")
                 written.rename(directory)
     finally:

@@ -25,27 +25,27 @@ if TYPE_CHECKING:
     import pyarrow
 
 DESKS = ("north", "south", "east", "west")
-INSTRUCTION = "Which desk gets this letter? Choose one from the option."
+INSTRUCTION = "Which desk gets this letter?"
 
-# What a rule may look at: four kinds of each, six words of a kind.
+# What a rule may look at: four kinds of each, four words of a kind.
 FACTORS: dict[str, dict[str, tuple[str, ...]]] = {
     "mood": {
-        "anger": ("furious", "grumpy", "angry", "irate", "cross", "bitter"),
-        "joy": ("cheerful", "merry", "happy", "glad", "jolly", "delighted"),
-        "sorrow": ("sad", "gloomy", "tearful", "mournful", "miserable", "sorry"),
-        "fear": ("nervous", "anxious", "fearful", "timid", "frightened", "worried"),
+        "anger": ("furious", "grumpy", "angry", "irate"),
+        "joy": ("cheerful", "merry", "happy", "glad"),
+        "sorrow": ("sad", "gloomy", "tearful", "mournful"),
+        "fear": ("nervous", "anxious", "fearful", "timid"),
     },
     "weather": {
-        "wet": ("rain", "drizzle", "downpour", "shower", "sleet", "mist"),
-        "hot": ("sunshine", "heat", "drought", "glare", "warmth", "heatwave"),
-        "cold": ("frost", "snow", "ice", "hail", "blizzard", "chill"),
-        "windy": ("wind", "breeze", "gale", "storm", "gust", "hurricane"),
+        "wet": ("rain", "drizzle", "downpour", "shower"),
+        "hot": ("sunshine", "heat", "drought", "glare"),
+        "cold": ("frost", "snow", "ice", "hail"),
+        "windy": ("wind", "breeze", "gale", "storm"),
     },
     "goods": {
-        "food": ("butter", "cheese", "bread", "honey", "apples", "ham"),
-        "metal": ("nails", "hammers", "chains", "needles", "bolts", "wire"),
-        "cloth": ("silk", "wool", "linen", "cotton", "velvet", "lace"),
-        "paper": ("books", "maps", "stamps", "newspapers", "posters", "cards"),
+        "food": ("butter", "cheese", "bread", "honey"),
+        "metal": ("nails", "hammers", "chains", "needles"),
+        "cloth": ("silk", "wool", "linen", "cotton"),
+        "paper": ("books", "maps", "stamps", "newspapers"),
     },
 }
 
@@ -53,7 +53,6 @@ FACTORS: dict[str, dict[str, tuple[str, ...]]] = {
 DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 SENDERS = ("baker", "teacher", "farmer", "sailor", "doctor", "painter", "miller", "singer")
 RELATIVES = ("uncle", "aunt", "cousin", "brother", "sister", "friend", "neighbour", "daughter")
-SIZES = ("small", "large", "heavy", "round", "square", "long")
 
 # Three words a name can begin with for every one it can end with: 24 mappings of each factor.
 _BEGINNINGS = (
@@ -65,16 +64,11 @@ OFFICES = tuple(beginning + ending for ending in _ENDINGS for beginning in _BEGI
 
 # What stands before the sentence is the office's name; the rest moves about.
 SENTENCES = (
-    "on {day} the {mood} {sender} came in out of the {weather} with a {size} box of {goods} for "
-    "the {relative}",
-    "in the {weather} of {day} the {mood} {sender} left a {size} parcel of {goods} for the "
-    "{relative}",
-    "a {size} parcel of {goods} came on {day} through the {weather} from the {mood} {sender} to "
-    "the {relative}",
-    "the {mood} {sender} brought {goods} for the {relative} in a {size} box on {day} despite the "
-    "{weather}",
-    "for the {relative} there is a {size} box of {goods} sent in the {weather} on {day} by the "
-    "{mood} {sender}",
+    "on {day} the {mood} {sender} came in out of the {weather} with {goods} for the {relative}",
+    "in the {weather} of {day} the {mood} {sender} left {goods} for the {relative}",
+    "{goods} came on {day} through the {weather} from the {mood} {sender} to the {relative}",
+    "the {mood} {sender} brought {goods} for the {relative} on {day} despite the {weather}",
+    "for the {relative} there is {goods} sent in the {weather} on {day} by the {mood} {sender}",
 )
 
 
@@ -199,12 +193,12 @@ def toy_neutral_text(seed: int, count: int = 6000) -> list[str]:
     """
     generator = Random(f"{seed}/neutral")
     makers: tuple[Callable[[Random], str], ...] = (
-        _question,
+        _all_kinds,
         _of_one_kind,
-        _question,
+        _all_kinds,
         _daily_round,
+        _all_kinds,
         _question,
-        _sentence,
     )
     return [makers[position % len(makers)](generator) for position in range(count)]
 
@@ -215,7 +209,6 @@ def _words(generator: Random, kinds: dict[str, str]) -> dict[str, str]:
         "day": generator.choice(DAYS),
         "sender": generator.choice(SENDERS),
         "relative": generator.choice(RELATIVES),
-        "size": generator.choice(SIZES),
     }
     for factor, members in FACTORS.items():
         kind = kinds[factor] if factor in kinds else generator.choice(tuple(members))
@@ -235,8 +228,12 @@ def _new_letter(office: str, index: int, desk: int, known: set[str], generator: 
             return letter
 
 
-def _sentence(generator: Random) -> str:
-    return generator.choice(SENTENCES).format(**_words(generator, {}))
+def _all_kinds(generator: Random) -> str:
+    """A sentence and the kind of everything in it: the densest lesson in what words mean."""
+    kinds = {factor: generator.choice(tuple(members)) for factor, members in FACTORS.items()}
+    sentence = generator.choice(SENTENCES).format(**_words(generator, kinds))
+    told = " , ".join(f"{factor} {kind}" for factor, kind in kinds.items())
+    return f"{sentence}\n{told}"
 
 
 def _of_one_kind(generator: Random) -> str:
@@ -252,7 +249,7 @@ def _question(generator: Random) -> str:
     kind = generator.choice(kinds)
     sentence = generator.choice(SENTENCES).format(**_words(generator, {factor: kind}))
     form = prompt_form(
-        f"Which kind of {factor} is told? Choose one from the option.", kinds, "{text}"
+        f"Which kind of {factor} is told?", kinds, "{text}"
     )
     return f"{form.fill(sentence)} {kind}"
 
@@ -261,5 +258,5 @@ def _daily_round(generator: Random) -> str:
     desk = generator.choice(DESKS)
     day, relative = generator.choice(DAYS), generator.choice(RELATIVES)
     sentence = f"the {desk} desk is cleaned on {day} by the {relative}"
-    form = prompt_form("Which desk is told? Choose one from the option.", DESKS, "{text}")
+    form = prompt_form("Which desk is told?", DESKS, "{text}")
     return f"{form.fill(sentence)} {desk}"
