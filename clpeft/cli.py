@@ -16,6 +16,7 @@ app = typer.Typer(
     "`clpeft run --help` shows every key, `clpeft list` what can be chosen.",
     no_args_is_help=False,
     add_completion=False,
+    pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -29,7 +30,7 @@ def run(overrides: Annotated[list[str] | None, typer.Argument()] = None) -> None
     from hydra import main as hydra_main
 
     from clpeft.composition import explain, register_schemas
-    from clpeft.experiment import run_composed
+    from clpeft.launching import run_composed
 
     sys.argv = ["clpeft", *(overrides or [])]
     wants_trace = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
@@ -54,7 +55,7 @@ def run(overrides: Annotated[list[str] | None, typer.Argument()] = None) -> None
 def resume(directory: Path) -> None:
     """Continue a stopped run from its directory, with the config that it was created with."""
     from clpeft.composition import explain
-    from clpeft.experiment import resume_directory
+    from clpeft.launching import resume_directory
 
     try:
         resume_directory(directory)

@@ -148,12 +148,15 @@ def _check_combination(config: Config) -> None:
             f"{' and '.join(owners)} cannot be combined: each swaps or grows the adapter itself; "
             f"choose one of them."
         )
-    steppers = [n for n, cls in classes.items() if defines(cls(None), "compute_gradients")]
+    strategies = {name: cls(config.strategies[name]) for name, cls in classes.items()}
+    steppers = [n for n, strategy in strategies.items() if defines(strategy, "compute_gradients")]
     if len(steppers) > 1:
         raise ConfigError(
             f"{' and '.join(steppers)} cannot be combined: each replaces forward and backward; "
             f"choose one of them."
         )
+    for strategy in strategies.values():
+        strategy.check(config)
     if config.evaluation.mode == "generate" and config.model.task_type == (
         "sequence_classification"
     ):

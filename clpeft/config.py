@@ -203,7 +203,12 @@ def digest(config: DictConfig, keys: Iterable[str]) -> str:
     Returns:
         Eight hexadecimal digits.
     """
-    content = {key: OmegaConf.to_container(config, resolve=True)[key] for key in keys}  # type: ignore[index,call-overload]
+    content: dict[str, Any] = {}
+    for key in keys:
+        # part by part: the whole holds the run directory's name, which is made from this digest
+        node = OmegaConf.select(config, key)
+        plain = OmegaConf.is_config(node)
+        content[key] = OmegaConf.to_container(node, resolve=True) if plain else node
     if "training" in content:
         # how often a run is saved cannot change what it computes
         content["training"] = {k: v for k, v in content["training"].items() if k != "checkpoint"}

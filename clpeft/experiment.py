@@ -1,0 +1,113 @@
+"""One experiment: a checked config becomes objects, the objects train, and results come out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from omegaconf import DictConfig, OmegaConf
+
+from clpeft.composition import run_name
+from clpeft.config import RESULT_KEYS, Config, digest
+from clpeft.evaluation.evaluator import Evaluator
+from clpeft.models.load import (
+    count_parameters,
+    load_model,
+    load_tokenizer,
+    make_objective,
+    model_source,
+)
+from clpeft.peft_methods.base import apply_peft
+from clpeft.registry import STRATEGIES
+from clpeft.streams.base import build_stream
+from clpeft.streams.tokenize import encode_stream
+from clpeft.tracking.base import Observers, RunInfo
+from clpeft.tracking.build import build_observers
+from clpeft.tracking.history import HistoryObserver
+from clpeft.training.checkpoint import Checkpoints, restore
+from clpeft.training.cost import Cost
+from clpeft.training.loop import Loop
+from clpeft.training.results import collect
+from clpeft.training.run import Run, allowed_labels
+
+
+def run_experiment(config: Config, composed: DictConfig, directory: Path) -> dict[str, Any]:
+    """Trains a model through a stream under a strategy, from the start or from a checkpoint.
+
+    Args:
+        config: The settings, checked.
+        composed: The same as composed, for names and digests.
+        directory: The run directory.
+
+    Returns:
+        What results.json holds.
+    """
+    run = build_run(config, directory)
+    checkpoints = Checkpoints(directory, config.training.checkpoint)
+    saved = checkpoints.newest()
+    history = HistoryObserver(directory, resume_at=saved["history"] if saved else 0)
+    checkpoints.history_position = history.position
+    observers = Observers([history, *build_observers(config.tracking, directory)])
+    given = any(s.needs_task_id_at_eval for s in run.strategies)
+    evaluator = Evaluator(run, task_id_given=given or config.stream.scenario == "task")
+    loop = Loop(run, evaluator, observers, checkpoints, Cost())
+    for strategy in run.strategies:
+        strategy.setup(run)
+    if saved is not None:
+        restore(loop, saved)
+    exit_code, results = 1, None
+    try:
+        observers.on_run_start(describe(run, composed))
+        loop.train()
+        results = collect(loop, composed)
+        exit_code = 0
+    except BaseException as error:
+        observers.on_error(error)
+        raise
+    finally:
+        observers.close(exit_code, results)
+    return results
+
+
+def build_run(config: Config, directory: Path) -> Run:
+    """Stream, tokenizer, model, adapter, strategies: each needs what stands before it."""
+    accelerator = Accelerator(mixed_precision=config.training.precision)
+    cache_dir = Path(config.paths.cache_dir).expanduser()
+    stream = build_stream(config.stream, data_dir=config.paths.data_dir)
+    source = model_source(config.model, stream, cache_dir)
+    tokenizer = load_tokenizer(config.model, source)
+    encoded = encode_stream(stream, tokenizer, config.model.task_type, cache_dir=str(cache_dir))
+    # from here on the run's own draws: a new head, the adapter's first weights, dropout
+    set_seed(config.seed)
+    model = load_model(config.model, source, tokenizer, len(stream.label_names))
+    model = apply_peft(model, config.peft, config.model.task_type)
+    if config.training.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.to(accelerator.device)
+    allowed = allowed_labels(encoded, 0).to(accelerator.device)
+    objective = make_objective(config.model, model, tokenizer, allowed)
+    strategies = [STRATEGIES[name].target(values) for name, values in config.strategies.items()]
+    return Run(config, directory, accelerator, model, tokenizer, encoded, objective, strategies)
+
+
+def describe(run: Run, composed: DictConfig) -> RunInfo:
+    """What observers are told of a run."""
+    config = run.config
+    total, trainable = count_parameters(run.model)
+    strategies = tuple(config.strategies)
+    return RunInfo(
+        directory=run.directory,
+        name=run_name(composed),
+        group=f"{'+'.join(strategies)}-{digest(composed, RESULT_KEYS)}",
+        config=dict(OmegaConf.to_container(composed, resolve=True)),  # type: ignore[arg-type]
+        tasks=tuple(task.name for task in run.stream.tasks),
+        stream=config.stream.name,
+        strategies=strategies,
+        seed=config.seed,
+        total_parameters=total,
+        trainable_parameters=trainable,
+        resumed_at_step=run.step,
+        resumed_at_task=run.tasks_seen,
+    )
