@@ -41,9 +41,7 @@ def causal_scorer(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Score
     learns_prompts = any(
         config.is_prompt_learning for config in (vars(model).get("peft_config") or {}).values()
     )
-    packs = (
-        "position_ids" in accepts and implementation in ("eager", "sdpa") and not learns_prompts
-    )
+    packs = "position_ids" in accepts and implementation in ("eager", "sdpa") and not learns_prompts
     keeps = "logits_to_keep" in accepts
     pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
 

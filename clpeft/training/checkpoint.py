@@ -7,11 +7,14 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from clpeft.config import CheckpointConfig
 
 if TYPE_CHECKING:
     from clpeft.training.loop import Loop
@@ -30,24 +33,22 @@ class Checkpoints:
 
     Args:
         directory: The run directory; checkpoints lie in `checkpoints/step-<n>/` below it.
-        enabled: Whether any are written.
-        keep: How many of the newest are kept.
+        config: Whether any are written, and how many of the newest are kept.
+
+    Attributes:
         history_position: Gives the length of history.jsonl in bytes, so that a resumed run
             continues the file where the checkpoint was taken.
     """
 
-    def __init__(
-        self, directory: Path, *, enabled: bool, keep: int, history_position: Any = lambda: 0
-    ) -> None:
+    def __init__(self, directory: Path, config: CheckpointConfig) -> None:
         self.folder = directory / "checkpoints"
-        self.enabled = enabled
-        self.keep = keep
-        self.history_position = history_position
+        self.config = config
+        self.history_position: Callable[[], int] = lambda: 0
 
     def save(self, loop: Loop) -> None:
         """Saves the state at a task boundary."""
         run = loop.run
-        if not self.enabled or not run.accelerator.is_main_process:
+        if not self.config.enabled or not run.accelerator.is_main_process:
             return
         state = {
             "step": run.step,
@@ -61,7 +62,7 @@ class Checkpoints:
             "strategies": {str(i): s.state_dict() for i, s in enumerate(run.strategies)},
         }
         write_state(self.folder / f"step-{run.step}-task-{run.tasks_seen}", state)
-        for old in self._folders()[: -self.keep]:
+        for old in self._folders()[: -self.config.keep]:
             shutil.rmtree(old)
 
     def newest(self) -> dict[str, Any] | None:
