@@ -50,7 +50,9 @@ class HistoryObserver(Observer):
 
     def _write(self, event: str, **values: Any) -> None:
         line = {"event": event, "time": time.time(), "step": self._step, "task": self._task}
-        text = json.dumps(_finite({**line, **values}), allow_nan=False, default=str)
+        text = json.dumps(
+            _finite({**line, **values}), allow_nan=False, ensure_ascii=False, default=str
+        )
         encoded = text.encode() + b"\n"
         self._file.write(encoded)
         self._file.flush()
@@ -81,7 +83,7 @@ class HistoryObserver(Observer):
 
     def on_error(self, error: BaseException) -> None:
         """See `Observer`."""
-        self._write("error", exception=f"{type(error).__name__}: {error}")
+        self._write("error", exception=f"{type(error).__name__}: {error}".removesuffix(": "))
 
     def close(self, exit_code: int, results: dict[str, Any] | None) -> None:
         """See `Observer`."""

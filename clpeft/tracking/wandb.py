@@ -150,7 +150,7 @@ class WandbObserver(Observer):
     def on_error(self, error: BaseException) -> None:
         """See `Observer`."""
         if self._run is not None:
-            self._run.summary["error"] = f"{type(error).__name__}: {error}"
+            self._run.summary["error"] = f"{type(error).__name__}: {error}".removesuffix(": ")
 
     def close(self, exit_code: int, results: dict[str, Any] | None) -> None:
         """See `Observer`."""

@@ -1,5 +1,7 @@
 """A run that observers can be told about, without running one."""
 
+from pathlib import Path
+
 import pytest
 
 from clpeft.tracking.base import RunInfo
@@ -14,13 +16,13 @@ RESULTS = {
 }
 
 
-@pytest.fixture
-def run_info(tmp_path):
+@pytest.fixture(scope="session")
+def run_info():
     """A `RunInfo` with any of its fields changed."""
 
     def make(**changes):
         values = {
-            "directory": tmp_path,
+            "directory": Path("outputs/toy/ewc+replay-s0-1a2b3c4d"),
             "name": "ewc+replay-s0-1a2b3c4d",
             "group": "ewc+replay-5e6f7a8b",
             "config": {
@@ -40,7 +42,7 @@ def run_info(tmp_path):
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def play():
     """Tells an observer of a whole run of two tasks with two steps each."""
 

@@ -5,6 +5,7 @@ import logging
 import random
 import struct
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,30 +19,58 @@ from clpeft.tracking.wandb import WandbObserver, flat_config
 BLOCK = 32 * 1024
 
 
-@pytest.fixture(autouse=True)
-def no_account(monkeypatch, tmp_path):
+@pytest.fixture(scope="module", autouse=True)
+def _no_account(tmp_path_factory):
     """No key, no settings and no network of whoever runs the tests."""
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb_settings"))
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens on `discard`
-    wandb.teardown()  # settings are read once per process
-    yield
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE"):
+            patch.delenv(name, raising=False)
+        patch.setenv("NETRC", str(home / "netrc"))
+        patch.setenv("WANDB_CONFIG_DIR", str(home / "wandb_settings"))
+        patch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens on `discard`
+        wandb.teardown()  # settings are read once per process
+        yield
     wandb.teardown()
+
+
+def make_observer(directory, mode="offline", **changes):
+    values = {"mode": mode, "project": "clpeft-tests", "tags": ["one", "two"], **changes}
+    return WandbObserver(WandbConfig(**values), directory)
 
 
 @pytest.fixture
 def observer(tmp_path):
-    def make(mode="offline", **changes):
-        values = {"mode": mode, "project": "clpeft-tests", "tags": ["one", "two"], **changes}
-        return WandbObserver(WandbConfig(**values), tmp_path)
+    return partial(make_observer, tmp_path)
 
-    return make
+
+@pytest.fixture
+def set_variable(monkeypatch):
+    """Sets what W&B reads when it is next started, and has it forget that afterwards."""
+
+    def set_and_stop(name, value):
+        monkeypatch.setenv(name, value)
+        wandb.teardown()
+
+    yield set_and_stop
+    wandb.teardown()
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory, run_info, play):
+    """The file of a whole run, for the tests that only read."""
+    directory = tmp_path_factory.mktemp("run")
+    play(make_observer(directory, entity="a-team"), run_info())
+    return run_file(directory)
+
+
+def run_files(directory):
+    wandb.teardown()  # W&B's own process writes the files, and may still be about to
+    return sorted(directory.glob("wandb/offline-run-*/*.wandb"))
 
 
 def run_file(directory, count=1):
-    files = sorted(directory.glob("wandb/offline-run-*/*.wandb"))
+    files = run_files(directory)
     assert len(files) == count
     return files[-1]
 
@@ -98,10 +127,8 @@ def exit_code(path):
     return next(record.exit.exit_code for record in records(path) if record.HasField("exit"))
 
 
-def test_a_whole_run_offline(tmp_path, run_info, observer, play):
-    play(observer(), run_info())
-    path = run_file(tmp_path)
-    rows = history(path)
+def test_every_record_has_its_axis_and_a_step_of_its_own(recorded):
+    rows = history(recorded)
     assert rows[:-1] == [
         {"_step": 1, "tasks_trained": 0, "eval/north": 0.25, "eval/south": 0.5},
         {"_step": 3, "step": 2, "train/loss": 1.0, "train/lr": 0.001},
@@ -112,7 +139,7 @@ def test_a_whole_run_offline(tmp_path, run_info, observer, play):
     last = rows[-1]
     assert last["_step"] == 8
     assert last["tasks_trained"] == 2
-    table = json.loads((path.parent / "files" / last["matrix/table.path"]).read_text())
+    table = json.loads((recorded.parent / "files" / last["matrix/table.path"]).read_text())
     assert table["columns"] == ["trained", "task", "score"]
     assert table["data"] == [
         [0, "north", 0.25],
@@ -122,25 +149,21 @@ def test_a_whole_run_offline(tmp_path, run_info, observer, play):
         [2, "north", 0.625],
         [2, "south", 1.0],
     ]
-    picture = path.parent / "files" / last["matrix/heatmap.path"]
+    picture = recorded.parent / "files" / last["matrix/heatmap.path"]
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert exit_code(path) == 0
+    assert exit_code(recorded) == 0
 
 
-def test_the_summary_has_the_metrics_and_the_cost(tmp_path, run_info, observer, play):
-    play(observer(), run_info())
-    values = summary(run_file(tmp_path))
+def test_the_summary_has_the_metrics_and_the_cost(recorded):
+    values = summary(recorded)
     assert values["metrics/average_accuracy"] == 0.8125
     assert values["metrics/forgetting"] == 0.25
     assert values["cost/train_seconds"] == 12.5
     assert "cost/state_bytes" not in values
 
 
-def test_the_run_is_named_grouped_and_tagged_and_its_config_is_flat(
-    tmp_path, run_info, observer, play
-):
-    play(observer(entity="a-team"), run_info())
-    run = the_run(run_file(tmp_path))
+def test_the_run_is_named_grouped_and_tagged_and_its_config_is_flat(recorded):
+    run = the_run(recorded)
     assert run.display_name == "ewc+replay-s0-1a2b3c4d"
     assert run.run_group == "ewc+replay-5e6f7a8b"
     assert run.project == "clpeft-tests"
@@ -161,9 +184,8 @@ def test_the_run_is_named_grouped_and_tagged_and_its_config_is_flat(
     }
 
 
-def test_axes_are_defined(tmp_path, run_info, observer, play):
-    play(observer(), run_info())
-    metrics = [record.metric for record in records(run_file(tmp_path)) if record.HasField("metric")]
+def test_axes_are_defined(recorded):
+    metrics = [record.metric for record in records(recorded) if record.HasField("metric")]
     axes = {metric.glob_name: metric.step_metric for metric in metrics if metric.glob_name}
     assert axes == {
         "train/*": "step",
@@ -223,7 +245,7 @@ def test_a_fresh_start_is_a_new_run_at_wandb(tmp_path, run_info, observer):
         started = observer()
         started.on_run_start(run_info())
         started.close(1, None)
-    runs = {the_run(path).run_id for path in tmp_path.glob("wandb/offline-run-*/*.wandb")}
+    runs = {the_run(path).run_id for path in run_files(tmp_path)}
     assert len(runs) == 2
 
 
@@ -263,22 +285,23 @@ def test_auto_without_a_key_is_offline_without_asking(
 
 @pytest.mark.parametrize("source", ["variable", "netrc"])
 def test_auto_with_a_key_goes_online_and_falls_back_when_nobody_answers(
-    tmp_path, run_info, observer, play, monkeypatch, caplog, source
+    tmp_path, run_info, observer, play, monkeypatch, set_variable, caplog, capfd, source
 ):
     key = "0123456789" * 4
     if source == "variable":
-        monkeypatch.setenv("WANDB_API_KEY", key)
+        set_variable("WANDB_API_KEY", key)
     else:
         (tmp_path / "netrc").write_text(f"machine 127.0.0.1:9 login user password {key}\n")
         (tmp_path / "netrc").chmod(0o600)
+        set_variable("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setattr("clpeft.tracking.wandb.INIT_SECONDS", 2.0)
-    wandb.teardown()
     start = time.monotonic()
     play(observer("auto"), run_info())
     assert time.monotonic() - start < 30  # 2 s of trying, and the start of W&B's process, twice
     (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]
     assert "W&B did not start online and records offline instead" in warning.getMessage()
     assert "127.0.0.1:9" in warning.getMessage()
+    assert capfd.readouterr() == ("", "")  # not even that a key was found
     path = run_file(tmp_path)
     assert summary(path)["metrics/average_accuracy"] == 0.8125
     assert (tmp_path / "wandb" / "run_id.txt").read_text().strip() == the_run(path).run_id
@@ -291,20 +314,18 @@ def test_online_without_a_key_warns_and_goes_offline(tmp_path, run_info, observe
 
 
 def test_a_malformed_key_is_told_and_the_run_is_offline(
-    tmp_path, run_info, observer, play, caplog, monkeypatch
+    tmp_path, run_info, observer, play, caplog, set_variable
 ):
-    monkeypatch.setenv("WANDB_API_KEY", "short")
-    wandb.teardown()
+    set_variable("WANDB_API_KEY", "short")
     play(observer("auto"), run_info())
     assert "WANDB_API_KEY invalid" in caplog.text
     assert exit_code(run_file(tmp_path)) == 0
 
 
 def test_auto_respects_the_variable_that_switches_wandb_off(
-    tmp_path, run_info, observer, play, monkeypatch
+    tmp_path, run_info, observer, play, set_variable
 ):
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    wandb.teardown()
+    set_variable("WANDB_MODE", "disabled")
     play(observer("auto"), run_info())
     assert list(tmp_path.glob("wandb/*run-*")) == []
 
