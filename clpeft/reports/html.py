@@ -112,19 +112,16 @@ def environment_table(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """Versions, hosts and commits of all runs; where they differ, with how many have which."""
     facts: dict[str, Counter[str]] = {}
     for run in runs:
-        told = {
-            key: run.status[key]
-            for key in ("git_commit", "host", "versions")
-            if run.status.get(key) is not None
-        }
-        for key, value in {**flatten(told), **flatten(run.environment)}.items():
+        known = {"host": run.status.get("host"), **run.environment}
+        told = {key: value for key, value in known.items() if value is not None}
+        for key, value in flatten(told).items():
             facts.setdefault(key, Counter())[value] += 1
     return [
         (
             key,
             next(iter(values))
-            if len(values) == 1 and values.total() == len(runs)
-            else ", ".join(f"{value} ({count} runs)" for value, count in values.most_common()),
+            if values.most_common(1)[0][1] == len(runs)
+            else ", ".join(f"{value} (runs: {count})" for value, count in values.most_common()),
         )
         for key, values in sorted(facts.items())
     ]

@@ -116,14 +116,14 @@ def write_run(tmp_path: Path) -> WriteRun:
                 "state_bytes": [0, 1024, 2048],
             },
             "parameters": {"total": 1_000_000, "trainable": 10_000, "percent": 1.0},
-            "environment": {"versions": {"torch": "2.13.0"}},
+            "environment": {"torch": "2.13.0", "git_commit": "c0ffee1", "device": "cpu"},
             **changes,
         }
         directory = tmp_path / where / str(results["stream"]) / str(results["name"])
         directory.mkdir(parents=True)
         (directory / "results.json").write_text(json.dumps(results))
         (directory / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
-        status = {"status": "completed", "host": "node7", "git_commit": "c0ffee1"}
+        status = {"status": "completed", "host": "node7"}
         (directory / "status.json").write_text(json.dumps(status))
         return directory
 

@@ -163,12 +163,15 @@ def test_settings_that_differ_are_told_as_overrides(sweep: Path) -> None:
 
 
 def test_environment(sweep: Path) -> None:
-    path = next(sweep.glob("toy/ewc-*")) / "status.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "git_commit": "0ther"}))
+    path = next(sweep.glob("toy/ewc-*")) / "results.json"
+    results = json.loads(path.read_text())
+    results["environment"] = {"torch": "2.13.0", "git_commit": "0ther"}
+    path.write_text(json.dumps(results))
     assert environment_table(collect_runs([sweep]).runs) == [
-        ("git_commit", "c0ffee1 (8 runs), 0ther (1 runs)"),
+        ("device", "cpu (runs: 8)"),
+        ("git_commit", "c0ffee1 (runs: 8), 0ther (runs: 1)"),
         ("host", "node7"),
-        ("versions.torch", "2.13.0"),
+        ("torch", "2.13.0"),
     ]
 
 
@@ -193,6 +196,17 @@ def test_a_second_report_does_not_read_the_first(tmp_path: Path, write_run: Writ
     again = write_report([tmp_path]).read_text()
     minute = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC, clpeft")
     assert minute.sub("", again) == minute.sub("", text)
+
+
+@pytest.mark.parametrize(("others", "marked"), [(False, True), (True, False)])
+def test_who_is_told_the_task_is_marked_where_not_all_are(
+    tmp_path: Path, write_run: WriteRun, others: bool, marked: bool
+) -> None:
+    write_run(["a"], 0, [[0.2], [0.8]], evaluation={"mode": "rank", "task_id_given": others})
+    write_run(["b"], 0, [[0.2], [0.7]], evaluation={"mode": "rank", "task_id_given": True})
+    names = {row[0] for row in Page(render(tmp_path)).rows}
+    assert ("b †" in names) is marked
+    assert "a †" not in names
 
 
 def test_equal_test_sets_need_no_micro_average(tmp_path: Path, write_run: WriteRun) -> None:
