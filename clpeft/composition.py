@@ -253,7 +253,7 @@ def _all_keys() -> set[str]:
             found.add(f"{prefix}{name}")
             inner = OmegaConf.get_type(node, name)
             if dataclasses.is_dataclass(inner):
-                found |= keys(inner, f"{prefix}{name}.")  # type: ignore[arg-type]
+                found |= keys(inner, f"{prefix}{name}.")
         return found
 
     groups = {"model", "peft", "strategy", "stream", "optimizer", "scheduler", "training"}

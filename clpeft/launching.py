@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -67,6 +68,7 @@ def launch(composed: DictConfig, directory: Path) -> float | None:
             with record.running():
                 from clpeft.experiment import run_experiment  # slow to import: after the checks
 
+                quiet_libraries()
                 results = run_experiment(config, composed, directory)
                 record.write_results(results)
     return results["metrics"].get("average_accuracy")
@@ -80,3 +82,15 @@ def check_device(config: Config) -> None:
         raise ConfigError(
             "training.precision=fp16 needs a GPU and there is none here; use bf16 or no."
         )
+
+
+def quiet_libraries() -> None:
+    """Switches off the libraries' own progress bars and chatter; errors still show."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    # peft asks transformers by a name that transformers is about to drop
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")

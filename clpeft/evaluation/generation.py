@@ -30,7 +30,7 @@ def generate(
         The texts, without special tokens, stripped.
     """
     device = next(model.parameters()).device
-    pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+    pad = int(tokenizer.pad_token_id)
     if model.config.is_encoder_decoder:  # type: ignore[union-attr]
         ids = right_padded(prompts, pad)
         mask = right_padded([[1] * len(row) for row in prompts], 0)

@@ -37,13 +37,13 @@ def causal_scorer(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Score
     """How candidates are scored by a decoder: packed where its attention takes a mask of ours."""
     base = model.get_base_model() if "get_base_model" in dir(model) else model  # type: ignore[operator]
     accepts = inspect.signature(base.forward).parameters
-    implementation = str(base.config._attn_implementation)
+    implementation = str(base.config._attn_implementation)  # type: ignore[union-attr]
     learns_prompts = any(
         config.is_prompt_learning for config in (vars(model).get("peft_config") or {}).values()
     )
     packs = "position_ids" in accepts and implementation in ("eager", "sdpa") and not learns_prompts
     keeps = "logits_to_keep" in accepts
-    pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+    pad = int(tokenizer.pad_token_id)
 
     def packed(prompts: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]]) -> Tensor:
         return packed_scores(model, prompts, candidates, pad=pad, keeps_logits=keeps)
@@ -158,7 +158,7 @@ def expanded_scores(
 
 def seq2seq_scorer(model: nn.Module, tokenizer: PreTrainedTokenizerBase, start: int) -> Scorer:
     """How candidates are scored by an encoder-decoder: each prompt is encoded once."""
-    pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+    pad = int(tokenizer.pad_token_id)
 
     def score(prompts: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]]) -> Tensor:
         from transformers.modeling_outputs import BaseModelOutput

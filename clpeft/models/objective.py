@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,7 +33,7 @@ def shift_right(labels: Tensor, start: int, pad: int) -> Tensor:
     return shifted.masked_fill(shifted == IGNORED, pad)
 
 
-class Objective:
+class Objective(ABC):
     """Forward pass and loss of one task type.
 
     Losses are sums of negative log-likelihoods; the loop divides them by the number of targets of
@@ -62,8 +63,9 @@ class Objective:
         """Logits and labels as the loss sees them: [..., K] in float32, and [...] with -100."""
         return self._targets(outputs, batch)
 
+    @abstractmethod
     def _targets(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+        """Logits [..., K] in float32 and labels [...]."""
 
 
 class ClassificationObjective(Objective):

@@ -55,9 +55,9 @@ def find_targets(model: nn.Module, target: str | list[str]) -> list[str]:
     if target == "all-linear":
         return sorted(present)
     if target == "auto":
-        for names in QUERY_AND_VALUE:
-            if all(name in present for name in names):
-                return list(names)
+        for pair in QUERY_AND_VALUE:
+            if all(name in present for name in pair):
+                return list(pair)
         raise ConfigError(
             f"peft.target=auto knows no attention projection of {type(model).__name__}; name the "
             f"modules to adapt, for example peft.target=[{next(iter(present), '')}], among its "

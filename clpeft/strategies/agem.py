@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -68,15 +69,11 @@ class AGEM(Strategy):
     def setup(self, run: Run) -> None:
         self._memory = Memory(self.config.memory_size, run.config.seed)
 
-    def transform_gradients(self, run: Run) -> dict[str, float | Tensor]:
+    def transform_gradients(self, run: Run) -> Mapping[str, float | Tensor]:
         if not len(self._memory):
             return {}
         reference = run.gradients(self._memory.draw(run, self.config.reference_size))
-        for parameter in run.trainable.values():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in run.trainable.values()]
-        cosine, projected = project_conflicting(gradients, reference)  # type: ignore[arg-type]
+        cosine, projected = project_conflicting(run.filled_gradients(), reference)
         return {"agem_cosine": cosine, "agem_projected": projected}
 
     def after_task(self, run: Run, task: EncodedTask) -> None:

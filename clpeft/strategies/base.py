@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -103,7 +103,7 @@ class Strategy:
         """
         return {}
 
-    def transform_gradients(self, run: Run) -> dict[str, float | Tensor]:
+    def transform_gradients(self, run: Run) -> Mapping[str, float | Tensor]:
         """Changes `.grad` in place, once per optimizer step, before clipping.
 
         The gradients are accumulated, synchronised and unscaled.

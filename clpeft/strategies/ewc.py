@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -121,15 +121,12 @@ class EWC(Strategy):
         self._generator = torch.Generator().manual_seed(run.config.seed)
         self._tasks = 0
 
-    def transform_gradients(self, run: Run) -> dict[str, float | Tensor]:
+    def transform_gradients(self, run: Run) -> Mapping[str, float | Tensor]:
         if not self._tasks:
             return {}
         parameters = list(run.trainable.values())
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
         pull = ewc_gradient(parameters, self._anchors, self.config.lambda_)
-        torch._foreach_add_([parameter.grad for parameter in parameters], pull)
+        torch._foreach_add_(run.filled_gradients(), pull)
         if not run.logging:
             return {}
         return {"loss/ewc": ewc_penalty(parameters, self._anchors, self.config.lambda_)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,7 +130,7 @@ class OLoRA(Strategy):
             terms["olora_norm"] = self.config.lambda2 * torch.stack(norms).sum()
         return terms
 
-    def transform_gradients(self, run: Run) -> dict[str, float | Tensor]:
+    def transform_gradients(self, run: Run) -> Mapping[str, float | Tensor]:
         """Changes none; logs ‖ΔW_new‖_F, so that an update squeezed to nothing shows."""
         if not run.logging:
             return {}
@@ -154,13 +155,14 @@ class OLoRA(Strategy):
         from peft import get_peft_model_state_dict
         from safetensors.torch import save_file
 
-        config = copy.deepcopy(run.model.peft_config[ADAPTER])  # type: ignore[operator,index]
+        model: Any = run.model
+        config = copy.deepcopy(model.peft_config[ADAPTER])
         rank = next(iter(self._previous_a.values())).shape[0]
         scaling = next(iter(self._layers.values())).scaling[ADAPTER]
         config.r = rank
         config.lora_alpha = scaling * (math.sqrt(rank) if config.use_rslora else rank)
         config.inference_mode = True
-        weights = get_peft_model_state_dict(run.model, adapter_name=ADAPTER)
+        weights = get_peft_model_state_dict(model, adapter_name=ADAPTER)
         for path in self._layers:
             for letter, previous in (("A", self._previous_a), ("B", self._previous_b)):
                 key = f"{path}.lora_{letter}.weight"

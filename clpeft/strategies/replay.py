@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ from clpeft.strategies.memory import Memory
 from clpeft.streams.batching import concatenate
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from clpeft.streams.batching import Batch
     from clpeft.streams.tokenize import EncodedTask
     from clpeft.training.run import Run
@@ -49,7 +52,7 @@ class Replay(Strategy):
         self._replayed += len(drawn)
         return concatenate([batch, drawn], run.collator.pad_token_id)
 
-    def transform_gradients(self, run: Run) -> dict[str, float]:
+    def transform_gradients(self, run: Run) -> Mapping[str, float | Tensor]:
         """Changes none; logs how much of the memory was read, so that a memory never read shows."""
         return {"replay/examples": self._replayed}
 

@@ -188,16 +188,16 @@ def toy_neutral_text(seed: int, count: int = 6000) -> list[str]:
         count: How many texts.
 
     Returns:
-        The texts, of four sorts in turn: sentences, words of one kind, questions about a kind,
-        and the desks in the daily round.
+        The texts, of three sorts in turn: questions about a kind, words of one kind, and the desks
+        in the daily round.
     """
     generator = Random(f"{seed}/neutral")
     makers: tuple[Callable[[Random], str], ...] = (
-        _all_kinds,
+        _question,
         _of_one_kind,
-        _all_kinds,
+        _question,
         _daily_round,
-        _all_kinds,
+        _question,
         _question,
     )
     return [makers[position % len(makers)](generator) for position in range(count)]
@@ -228,14 +228,6 @@ def _new_letter(office: str, index: int, desk: int, known: set[str], generator: 
             return letter
 
 
-def _all_kinds(generator: Random) -> str:
-    """A sentence and the kind of everything in it: the densest lesson in what words mean."""
-    kinds = {factor: generator.choice(tuple(members)) for factor, members in FACTORS.items()}
-    sentence = generator.choice(SENTENCES).format(**_words(generator, kinds))
-    told = " , ".join(f"{factor} {kind}" for factor, kind in kinds.items())
-    return f"{sentence}\n{told}"
-
-
 def _of_one_kind(generator: Random) -> str:
     factor = generator.choice(tuple(FACTORS))
     kind = generator.choice(tuple(FACTORS[factor]))
@@ -248,9 +240,7 @@ def _question(generator: Random) -> str:
     kinds = tuple(FACTORS[factor])
     kind = generator.choice(kinds)
     sentence = generator.choice(SENTENCES).format(**_words(generator, {factor: kind}))
-    form = prompt_form(
-        f"Which kind of {factor} is told?", kinds, "{text}"
-    )
+    form = prompt_form(f"Which kind of {factor} is told?", kinds, "{text}")
     return f"{form.fill(sentence)} {kind}"
 
 

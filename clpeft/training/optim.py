@@ -15,12 +15,18 @@ def make_optimizer(
     config: OptimizerConfig, parameters: Iterable[torch.nn.Parameter]
 ) -> torch.optim.Optimizer:
     """The optimizer of one task, over the parameters that train."""
-    shared = {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.name == "sgd":
-        return torch.optim.SGD(parameters, momentum=config.momentum, **shared)
+        return torch.optim.SGD(
+            parameters,
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
     kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
     betas = (config.betas[0], config.betas[1])
-    return kinds[config.name](parameters, betas=betas, eps=config.eps, **shared)
+    return kinds[config.name](
+        parameters, lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay
+    )
 
 
 def make_schedule(

@@ -76,7 +76,7 @@ class Run:
         self.optimizer: Any = None
         self.logging = False
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.collator = Collator(config.model.task_type, int(tokenizer.pad_token_id))  # type: ignore[arg-type]
+        self.collator = Collator(config.model.task_type, int(tokenizer.pad_token_id))
         self.trainable: dict[str, nn.Parameter] = {}
         self.refresh_trainable()
 
@@ -143,6 +143,13 @@ class Run:
             torch.zeros_like(p, dtype=torch.float32) if g is None else g.float() / scale
             for p, g in zip(parameters, found, strict=True)
         ]
+
+    def filled_gradients(self) -> list[Tensor]:
+        """`.grad` of every entry of `trainable`, in its order; one that has none gets zeros."""
+        for parameter in self.trainable.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [p.grad for p in self.trainable.values() if p.grad is not None]
 
     @contextmanager
     def eval_mode(self) -> Iterator[None]:
