@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -150,6 +154,17 @@ def test_a_completed_run_without_results_is_listed(sweep: Path) -> None:
     (directory / "results.json").unlink()
     told = {run.directory: run.message for run in collect_runs([sweep]).unfinished}
     assert told[directory] == "completed, but there is no results.json"
+
+
+def test_a_killed_run_is_told_from_a_running_one(tmp_path: Path, write_status: WriteRun) -> None:
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    here = socket.gethostname()
+    write_status("a-s0-0", status="running", host=here, process=done.pid)
+    write_status("b-s0-0", status="running", host=here, process=os.getpid())
+    write_status("c-s0-0", status="running", host=f"not-{here}", process=done.pid)
+    told = {run.strategies[0]: run.message for run in collect_runs([tmp_path]).unfinished}
+    assert told == {"a": f"its process {done.pid} is gone: it was killed", "b": "", "c": ""}
 
 
 def test_a_foreign_status_is_named(sweep: Path) -> None:
