@@ -81,7 +81,7 @@ class Loop:
             self.skipped += 1
             trained = len(examples) > 0
             if trained:
-                self._train_task(task, examples)
+                self.train_task(task, examples)
                 self.skipped = 0
             for strategy in reversed(run.strategies):
                 strategy.after_task(run, task)
@@ -102,7 +102,8 @@ class Loop:
         self.matrix.append(row)
         self.observer.on_evaluation(trained, row)
 
-    def _train_task(self, task: EncodedTask, examples: Dataset) -> None:
+    def train_task(self, task: EncodedTask, examples: Dataset) -> None:
+        """Trains on the examples of one task, with an optimizer and a schedule of its own."""
         run, config = self.run, self.run.config.training
         batches = math.ceil(len(examples) / config.batch_size)
         per_epoch = math.ceil(batches / config.gradient_accumulation)

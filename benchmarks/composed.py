@@ -1,0 +1,41 @@
+"""A run and its loop from overrides, without a run directory's bookkeeping."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hydra import compose, initialize_config_module
+
+from clpeft.composition import register_schemas, settle
+from clpeft.config import Config
+from clpeft.evaluation.evaluator import Evaluator
+from clpeft.experiment import build_run
+from clpeft.launching import quiet_libraries
+from clpeft.tracking.base import Observer
+from clpeft.training.checkpoint import Checkpoints
+from clpeft.training.cost import Cost
+from clpeft.training.loop import Loop
+
+
+def config_of(overrides: list[str]) -> Config:
+    """The checked settings of a command line."""
+    register_schemas()
+    quiet_libraries()
+    with initialize_config_module("clpeft.conf", version_base="1.3"):
+        return settle(compose("config", overrides))
+
+
+def loop_of(config: Config, directory: Path, observer: Observer | None = None) -> Loop:
+    """A loop that is ready to train."""
+    run = build_run(config, directory)
+    given = config.stream.scenario == "task"
+    loop = Loop(
+        run,
+        Evaluator(run, task_id_given=given),
+        observer or Observer(),
+        Checkpoints(directory, config.training.checkpoint),
+        Cost(),
+    )
+    for strategy in run.strategies:
+        strategy.setup(run)
+    return loop

@@ -1,0 +1,55 @@
+"""`make bench`: prints the tables of benchmarks/speed.md."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+
+import torch
+from rich.console import Console
+
+from benchmarks import step, trainer
+from clpeft.rundir import versions
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Median, and in brackets the smallest and the largest."""
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def main() -> None:
+    """Measures and prints."""
+    out = Console(width=120, highlight=False, soft_wrap=True).print
+    known = versions()
+    out(
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.machine()}, "
+        f"torch {known['torch']}, transformers {known['transformers']}\n"
+    )
+    times = step.measure()
+    ratios = [a / b for a, b in zip(times["ours"], times["bare"], strict=True)]
+    out("One optimizer step, tiny_llama, batches of 16 of one length; medians of rounds (range)\n")
+    out("| | milliseconds | ratio to the bare loop |\n|---|---|---|")
+    out(f"| bare PyTorch loop | {spread([t * 1e3 for t in times['bare']])} | 1 |")
+    out(f"| clpeft | {spread([t * 1e3 for t in times['ours']])} | {spread(ratios, 3)} |\n")
+    data_dir = os.environ.get("CLPEFT_DATA")
+    if not data_dir:
+        out("The comparison with Trainer needs real data: set CLPEFT_DATA.")
+        return
+    rows = trainer.measure(data_dir)
+    out("A standard_cl run, order 1, tiny_llama, 640 examples a task, training and matrix; medians")
+    out("of repeats (range), seconds\n")
+    out("| | training | evaluation | total | faster | final average score |")
+    out("|---|---|---|---|---|---|")
+    for name, runs in rows.items():
+        cells = [spread([r[key] for r in runs], 1) for key in ("training", "evaluation", "total")]
+        pairs = zip(rows["Trainer"], runs, strict=True)
+        faster = spread([theirs["total"] / ours["total"] for theirs, ours in pairs])
+        score = spread([r["score"] for r in runs], 3)
+        out(f"| {name} | {' | '.join(cells)} | {faster} | {score} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Our optimizer step against a bare PyTorch loop over the same batches."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from benchmarks.composed import config_of, loop_of
+from clpeft.tracking.base import Observer
+
+ROUNDS = 15
+STEPS = 40
+
+
+class Clock(Observer):
+    """Notes when each step ended."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step(self, step: int, logs: dict[str, float] | None) -> None:
+        """See `Observer`."""
+        self.ends.append(time.perf_counter())
+
+    def intervals(self) -> list[float]:
+        """Seconds between the ends, and forgets them."""
+        found = [later - earlier for earlier, later in pairwise(self.ends)]
+        self.ends = []
+        return found
+
+
+def measure() -> dict[str, list[float]]:
+    """Median step times of alternating rounds, in seconds: `ours` and `bare`, one per round."""
+    config = config_of(
+        ["strategy=finetune", "training.checkpoint.enabled=false", f"training.max_steps={STEPS}"]
+    )
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as directory:
+        loop = loop_of(config, Path(directory), clock)
+    run = loop.run
+    task = run.stream.tasks[0]
+    run.begin(task)
+    # examples of one length, so that every step does the same work
+    lengths = [len(ids) for ids in task.train["input_ids"]]
+    common = statistics.mode(lengths)
+    same = [i for i, length in enumerate(lengths) if length == common]
+    size = config.training.batch_size
+    examples = task.train.select((same * (1 + size * STEPS // len(same)))[: size * STEPS])
+    batches = list(run.loader(examples))
+    times: dict[str, list[float]] = {"ours": [], "bare": []}
+    for _ in range(ROUNDS):
+        loop.skipped = 1
+        loop.train_task(task, examples)
+        times["ours"].append(statistics.median(clock.intervals()))
+        times["bare"].append(statistics.median(bare_steps(run.model, run.trainable, batches)))
+    return times
+
+
+def bare_steps(model, trainable, batches) -> list[float]:  # type: ignore[no-untyped-def]
+    """Seconds of each step of the loop that anybody would write, on batches made beforehand."""
+    parameters = list(trainable.values())
+    optimizer = torch.optim.AdamW(parameters, lr=5e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / STEPS)
+    model.train()
+    ends = [time.perf_counter()]
+    for batch in batches:
+        loss = model(**batch.inputs, labels=batch.labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        ends.append(time.perf_counter())
+    return [later - earlier for earlier, later in pairwise(ends)]
