@@ -6,9 +6,11 @@ import json
 import logging
 import os
 import platform
+import shlex
 import shutil
 import socket
 import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -71,6 +73,7 @@ class RunDirectory:
             "status": "running",
             "host": socket.gethostname(),
             "process": os.getpid(),
+            "command": shlex.join(["clpeft", *sys.argv[1:]]),
             "job_id": os.environ.get("SLURM_JOB_ID"),
             "git_commit": git_commit(),
             "versions": versions(),

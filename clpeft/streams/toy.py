@@ -222,7 +222,7 @@ def _new_letter(office: str, index: int, desk: int, known: set[str], generator: 
     kind = tuple(FACTORS[rule.factor])[rule.desks.index(desk)]
     while True:  # there are millions of sentences, so a new one is soon found
         sentence = generator.choice(SENTENCES).format(**_words(generator, {rule.factor: kind}))
-        letter = f"{office} office : {sentence}"
+        letter = f"{office} office by {rule.factor} : {sentence}"
         if letter not in known:
             known.add(letter)
             return letter

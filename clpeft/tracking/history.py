@@ -61,6 +61,8 @@ class HistoryObserver(Observer):
     def on_run_start(self, info: RunInfo) -> None:
         """See `Observer`."""
         self._step = info.resumed_at_step
+        # until the next one begins; a run that was stopped after its last task begins none
+        self._task = info.resumed_at_task - 1 if info.resumed_at_task else None
 
     def on_task_start(self, index: int, name: str, steps: int) -> None:
         """See `Observer`."""

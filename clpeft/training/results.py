@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from clpeft.config import RESULT_KEYS, SETTING_KEYS, digest
 from clpeft.evaluation.metrics import compute_metrics
 from clpeft.models.load import count_parameters
 from clpeft.registry import STRATEGIES
-from clpeft.rundir import git_commit, versions
+from clpeft.rundir import RunDirectory, git_commit, versions
 
 if TYPE_CHECKING:
     from clpeft.training.loop import Loop
@@ -104,8 +103,8 @@ def find_references(folder: Path, setting: str, seed: int) -> dict[str, list[flo
     found: dict[str, list[float]] = {}
     for name in ("independent", "joint"):
         for path in sorted(folder.glob(f"{name}-s{seed}-*/results.json")):
-            other = json.loads(path.read_text())
-            if other["digests"]["setting"] != setting or other["strategies"] != [name]:
+            other = RunDirectory(path.parent).results
+            if other.get("digests", {}).get("setting") != setting or other["strategies"] != [name]:
                 continue
             matrix = other["matrix"]
             last = matrix[-1]
