@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -358,3 +360,12 @@ def test_neutral_text_is_the_toys_where_no_task_is_left(
     two_tasks: Path, folder_stream: Callable[..., Stream]
 ) -> None:
     assert folder_stream(two_tasks).neutral_text(3) == toy_neutral_text(3)
+
+
+def test_schemas_need_no_heavy_library() -> None:
+    program = (
+        "import sys; from clpeft.registry import STREAMS; list(STREAMS); "
+        "print([name for name in ('datasets', 'transformers', 'pyarrow') if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (found.stdout.strip(), found.stderr) == ("[]", "")
