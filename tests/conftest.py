@@ -1,0 +1,91 @@
+"""Base models and finished runs that tests share; built once per test process."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where generated bases and encoded streams are kept for the whole session."""
+    import torch
+
+    import clpeft.experiment  # noqa: F401
+    from clpeft.launching import quiet_libraries
+
+    torch.set_num_threads(1)  # tiny models; the test processes share the cores
+    quiet_libraries()
+    # Accelerate collects garbage after every task; what is imported by now need not be looked at
+    gc.collect()
+    gc.freeze()
+    base = tmp_path_factory.getbasetemp()
+    # beside the other workers', where there are some: what one of them built, all can use
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bases(cache_dir: Path) -> Callable[[str], Path]:
+    """The folder of a tiny generated base model, by name."""
+    from clpeft.models.generated import generated_base
+    from clpeft.streams.base import build_stream
+    from tests.running import compose
+    from tests.settings import TINY, TINY_MODELS
+
+    built: dict[str, Path] = {}
+
+    def base(name: str) -> Path:
+        if name not in built:
+            _, config = compose([*TINY, *TINY_MODELS[name]])
+            stream = build_stream(config.stream, data_dir=None)
+            built[name] = generated_base(config.model, stream, cache_dir)
+        return built[name]
+
+    return base
+
+
+@pytest.fixture(scope="session")
+def tiny(cache_dir: Path, bases: Callable[[str], Path]) -> Callable[..., list[str]]:
+    """Overrides of a tiny run under one or several strategies, the base model at hand."""
+    from tests.settings import STRATEGY_SETTINGS, TINY
+
+    def overrides(strategy: str, *more: str, model: str = "tiny_llama") -> list[str]:
+        names = strategy.split("+")
+        chosen = [o for name in names for o in STRATEGY_SETTINGS[name].overrides]
+        return [
+            *TINY,
+            f"model={model}",
+            f"model.path={bases(model)}",
+            f"paths.cache_dir={cache_dir}",
+            f"strategy=[{','.join(names)}]",
+            *chosen,
+            *more,
+        ]
+
+    return overrides
+
+
+@pytest.fixture(scope="session")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., list[str]]
+) -> Callable[..., Any]:
+    """A finished tiny run, trained the first time it is asked for; not to be changed."""
+    from tests.running import Outcome, run_it
+
+    done: dict[tuple[str, ...], Outcome] = {}
+
+    def outcome(strategy: str, *more: str, model: str = "tiny_llama") -> Outcome:
+        key = (strategy, model, *more)
+        if key not in done:
+            directory = tmp_path_factory.mktemp("finished") / strategy
+            done[key] = run_it(tiny(strategy, *more, model=model), directory)
+        return done[key]
+
+    return outcome

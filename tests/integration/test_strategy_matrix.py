@@ -1,0 +1,353 @@
+"""Every registered strategy through what "done" means (trained, resumed, frozen, combined, seeded).
+
+Driven by the one table in tests/settings.py: a new strategy adds a row there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from clpeft.composition import settle
+from clpeft.config import ConfigError
+from clpeft.models.objective import CausalObjective
+from clpeft.registry import STRATEGIES
+from clpeft.strategies.memory import Memory
+from clpeft.streams import batching
+from tests.running import Outcome, compose_only, run_it, same_bits
+from tests.settings import STRATEGY_SETTINGS
+
+NAMES = sorted(STRATEGY_SETTINGS)
+CHANGED_BY = [name for name in NAMES if STRATEGY_SETTINGS[name].trace]
+COMBINABLE = [name for name in NAMES if not STRATEGIES[name].target.is_reference]
+
+Overrides = Callable[..., list[str]]
+Finished = Callable[..., Outcome]
+
+
+def untimed(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A history without the time of day."""
+    return [{key: value for key, value in event.items() if key != "time"} for event in history]
+
+
+def tensors(state: Any) -> list[Tensor]:
+    """The tensors in a nested state."""
+    if isinstance(state, Tensor):
+        return [state]
+    if isinstance(state, dict):
+        return [tensor for value in state.values() for tensor in tensors(value)]
+    if isinstance(state, list):
+        return [tensor for value in state for tensor in tensors(value)]
+    return []
+
+
+def traced(outcome: Outcome, name: str, task: int) -> list[float]:
+    """The values that a strategy's trace has at the steps of a task; 0 where it is absent."""
+    trace = STRATEGY_SETTINGS[name].trace
+    return [step.get(trace, 0.0) for step in outcome.steps(task)]
+
+
+def test_every_registered_strategy_has_a_row() -> None:
+    assert NAMES == [entry.name for entry in STRATEGIES]
+
+
+def test_every_method_has_a_trace() -> None:
+    assert set(CHANGED_BY) == set(COMBINABLE)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "finetune"])
+def test_weights_differ_from_finetune(finished: Finished, name: str) -> None:
+    outcome, plain = finished(name), finished("finetune")
+
+    assert outcome.trainable.keys() == plain.trainable.keys()
+    assert all(
+        not torch.equal(outcome.trainable[parameter], plain.trainable[parameter])
+        for parameter in plain.trainable
+    )
+
+
+@pytest.mark.parametrize("name", CHANGED_BY)
+def test_trace_appears_with_the_second_task(finished: Finished, name: str) -> None:
+    outcome = finished(name)
+
+    assert len(outcome.steps(0)) == 8  # two epochs of 32 examples in batches of 8
+    assert traced(outcome, name, 0) == [0.0] * 8
+    # together, because a gradient may happen not to conflict during one whole task
+    assert any(value != 0.0 for task in (1, 2) for value in traced(outcome, name, task))
+
+
+@pytest.mark.parametrize("name", ["ewc", "olora"])
+def test_total_loss_is_the_sum_of_its_named_parts(finished: Finished, name: str) -> None:
+    trace = STRATEGY_SETTINGS[name].trace
+    for step in finished(name).steps(2):
+        # both sums are of two doubles
+        assert step["train/loss"] == step["train/loss/task"] + step[trace]
+
+
+def test_ewc_starts_each_task_on_its_latest_anchor(finished: Finished) -> None:
+    first_of_second = finished("ewc").steps(1)[0]
+
+    # (θ − θ*)² = 0 before the first step of task 2
+    assert first_of_second["train/loss/ewc"] == 0.0
+    assert all(step["train/loss/ewc"] > 0.0 for step in finished("ewc").steps(1)[1:])
+
+
+def test_cumulative_trains_on_all_data_so_far(finished: Finished) -> None:
+    # task t has 32 t examples: 2 epochs of 4 t batches
+    assert [len(finished("cumulative").steps(task)) for task in range(3)] == [8, 16, 24]
+
+
+def test_joint_trains_once_on_everything(finished: Finished) -> None:
+    outcome = finished("joint")
+
+    assert [len(outcome.steps(task)) for task in range(3)] == [0, 0, 24]
+    assert outcome.results["matrix"][1:3] == [[None] * 3] * 2
+    assert None not in outcome.results["matrix"][3]
+    assert sorted(folder.name[0] for folder in (outcome.directory / "adapters").iterdir()) == ["3"]
+
+
+def test_independent_keeps_each_task_as_it_was_learned(finished: Finished) -> None:
+    outcome = finished("independent")
+    matrix = outcome.results["matrix"]
+    kept = {tasks: outcome.state(tasks)["strategies"]["0"]["adapters"] for tasks in (1, 2, 3)}
+
+    assert [matrix[3][task] for task in range(3)] == [matrix[task + 1][task] for task in range(3)]
+    assert sorted(kept[3]) == ["0", "1", "2"]
+    for task in ("0", "1"):
+        later = {str(i): tensor for i, tensor in enumerate(kept[3][task])}
+        assert same_bits(later, {str(i): tensor for i, tensor in enumerate(kept[2][task])})
+    # what is trained at the end is the last task's
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(kept[3]["2"], outcome.trainable.values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_after_the_first_task(finished: Finished, name: str) -> None:
+    state = finished(name).state(1)["strategies"]["0"]
+
+    if STRATEGY_SETTINGS[name].keeps_state:
+        assert any(tensor.count_nonzero() > 0 for tensor in tensors(state))
+    else:
+        assert state == {}
+
+
+RESUMED = [(name, "tiny_llama") for name in [*NAMES, "ewc+replay", "olora+replay"]]
+RESUMED += [
+    pytest.param(name, model, marks=pytest.mark.slow)
+    for model in ("tiny_bert", "tiny_t5")
+    for name in NAMES
+]
+
+
+@pytest.mark.parametrize(("name", "model"), RESUMED)
+def test_interrupted_at_every_boundary_it_ends_in_the_same_bits(
+    finished: Finished, tiny: Overrides, tmp_path: Path, name: str, model: str
+) -> None:
+    # dropout, so that a random state that was not saved shows; checkpoints once per task
+    more = ("peft.dropout=0.1",)
+    whole = finished(name, *more, model=model)
+    overrides = tiny(name, *more, model=model)
+    for boundary in (1, 2, 3):
+        stopped = run_it(overrides, tmp_path / "run", interrupt_after=boundary)
+        assert stopped.status["status"] == "preempted"
+        assert not (stopped.directory / "results.json").exists()
+    resumed = run_it(overrides, tmp_path / "run")
+
+    assert resumed.status["status"] == "completed"
+    assert same_bits(resumed.trainable, whole.trainable)
+    assert resumed.results["matrix"] == whole.results["matrix"]
+    assert resumed.results["metrics"] == whole.results["metrics"]
+    assert resumed.results["undefined"] == whole.results["undefined"]
+    assert untimed(resumed.history) == untimed(whole.history)
+    for part in ("steps", "examples", "state_bytes"):
+        assert resumed.results["cost"][part] == whole.results["cost"][part]
+    for one, other in zip(
+        sorted((resumed.directory / "adapters").glob("*/*.safetensors")),
+        sorted((whole.directory / "adapters").glob("*/*.safetensors")),
+        strict=True,
+    ):
+        assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", NAMES)
+def test_frozen_parameters_stay_bit_identical(
+    finished: Finished, name: str, optimizer: str
+) -> None:
+    # weight decay is on in every tiny run
+    more = ("optimizer=sgd", "optimizer.momentum=0.9") if optimizer == "sgd" else ()
+    outcome = finished(name, *more)
+    frozen = outcome.before.keys() - outcome.trainable.keys()
+    after = outcome.after
+    moved = {parameter for parameter in frozen if not torch.equal(outcome.before[parameter], after[parameter])}
+
+    assert outcome.run.config.optimizer.weight_decay == 0.1
+    assert frozen
+    assert all(after[parameter].grad is None for parameter in frozen)
+    if name == "olora":
+        # the weights under the adapters, which the earlier updates were merged into
+        expected = {p.replace("lora_A.default", "base_layer") for p in after if "lora_A" in p}
+        assert moved == expected
+    else:
+        assert moved == set()
+
+
+def test_olora_base_moves_by_exactly_the_merged_updates(finished: Finished) -> None:
+    outcome = finished("olora")
+    state = outcome.state(3)["strategies"]["0"]
+    r, scaling = 8, 16 / 8
+
+    for path, rows in state["previous_a"].items():
+        a, b = rows.double(), state["previous_b"][path].double()
+        # the first two tasks' updates; the third is still beside the base
+        merged = scaling * sum(b[:, k : k + r] @ a[k : k + r] for k in (0, r))
+        weight = f"{path}.base_layer.weight"
+        change = outcome.after[weight].double() - outcome.before[weight].double()
+        # float32 additions onto weights of size 1 or so: 2⁻²³ each
+        torch.testing.assert_close(change, merged, rtol=0, atol=1e-6)
+        assert merged.abs().max() > 1e-4
+
+
+def test_olora_keeps_earlier_subspaces_bit_identical(finished: Finished) -> None:
+    outcome = finished("olora")
+    for part, dim in (("previous_a", 0), ("previous_b", 1)):
+        states = [outcome.state(tasks)["strategies"]["0"][part] for tasks in (1, 2, 3)]
+        for path in states[0]:
+            assert [state[path].shape[dim] for state in states] == [8, 16, 24]
+            assert torch.equal(states[2][path].narrow(dim, 0, 16), states[1][path])
+            assert torch.equal(states[1][path].narrow(dim, 0, 8), states[0][path])
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "replay"])
+def test_combined_with_replay(
+    finished: Finished, tiny: Overrides, tmp_path: Path, name: str
+) -> None:
+    combined = f"{name}+replay"
+    if name not in COMBINABLE:
+        with pytest.raises(ConfigError, match=f"'{name}' is a reference .* so it runs alone"):
+            settle(compose_only(tiny(combined)))
+        return
+    outcome = finished(combined)
+
+    for part in (name, "replay"):
+        assert traced(outcome, part, 0) == [0.0] * 8
+        assert any(value != 0.0 for task in (1, 2) for value in traced(outcome, part, task))
+    assert not same_bits(outcome.trainable, finished(name).trainable)
+    assert not same_bits(outcome.trainable, finished("replay").trainable)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_seed_decides_every_bit(
+    finished: Finished, tiny: Overrides, tmp_path: Path, name: str
+) -> None:
+    first = finished(name)
+    again = run_it(tiny(name), tmp_path / "again")
+    other = run_it(tiny(name, "seed=1"), tmp_path / "other")
+
+    assert same_bits(again.after, first.after)
+    assert again.results["matrix"] == first.results["matrix"]
+    assert untimed(again.history) == untimed(first.history)
+    assert all(
+        not torch.equal(other.trainable[parameter], value)
+        for parameter, value in first.trainable.items()
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_accumulated_micro_batches_make_the_step_of_one_batch(
+    tiny: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Two micro-batches of 4 against one batch of 8, over three tasks.
+
+    Two things would differ for reasons of their own and are held still: the loader would put other
+    examples together, so it cuts the batches of 8 in two; and a memory that is drawn from once per
+    micro-batch would draw other examples, so it deals them out in their order. SGD rather than
+    Adam, whose division by √v blows the rounding of tiny gradients up.
+    """
+    bucketed = batching.bucketed_batches
+
+    def halves(lengths: np.ndarray, batch_size: int, *, seed: int, epoch: int) -> list[np.ndarray]:
+        whole = bucketed(lengths, 8, seed=seed, epoch=epoch)
+        return [rows[start : start + batch_size] for rows in whole for start in range(0, 8, batch_size)]
+
+    def dealt(self: Memory, run: Any, count: int) -> Any:
+        start = vars(self).setdefault("dealt", 0)
+        self.dealt = start + count  # type: ignore[attr-defined]
+        return run.batch(self._columns, np.arange(start, start + count) % len(self))
+
+    monkeypatch.setattr(batching, "bucketed_batches", halves)
+    monkeypatch.setattr(Memory, "draw", dealt)
+    sgd = ("optimizer=sgd", "optimizer.lr=0.1", "optimizer.momentum=0.9")
+    one = run_it(tiny(name, *sgd), tmp_path / "one")
+    two = run_it(
+        tiny(name, *sgd, "training.batch_size=4", "training.gradient_accumulation=2"),
+        tmp_path / "two",
+    )
+
+    assert [len(two.steps(task)) for task in range(3)] == [len(one.steps(t)) for t in range(3)]
+    for task in range(3):
+        for step, other in zip(one.steps(task), two.steps(task), strict=True):
+            assert step.keys() == other.keys()
+            for key in step.keys() - {"event", "time"}:
+                # float32 sums in another order, carried through up to 24 steps
+                assert step[key] == pytest.approx(other[key], rel=1e-4, abs=1e-5), key
+    for parameter, value in one.trainable.items():
+        torch.testing.assert_close(two.trainable[parameter], value, rtol=1e-3, atol=1e-5)
+        assert not torch.equal(value, one.before[parameter])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bf16_trains(finished: Finished, name: str) -> None:
+    outcome, full = finished(name, "training.precision=bf16"), finished(name)
+    steps = [step for task in range(3) for step in outcome.steps(task)]
+
+    assert all(math.isfinite(step["train/loss"]) for step in steps)
+    assert all(value.dtype == torch.float32 for value in outcome.trainable.values())
+    assert not same_bits(outcome.trainable, full.trainable)
+    # bfloat16 has 8 bits: about three digits of a loss of 1 to 6
+    assert steps[0]["train/loss"] == pytest.approx(full.steps(steps[0]["task"])[0]["train/loss"], rel=0.02)
+    if STRATEGY_SETTINGS[name].trace:
+        assert any(value != 0.0 for task in (1, 2) for value in traced(outcome, name, task))
+
+
+def test_bf16_holds_for_every_task(
+    finished: Finished, tiny: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, torch.dtype]] = []
+    original = CausalObjective.forward
+
+    def forward(self: CausalObjective, model: Any, batch: Any) -> Any:
+        layer = model.get_base_model().model.layers[0].mlp.down_proj
+
+        def note(module: Any, inputs: Any, output: Tensor) -> None:
+            seen.append((int(batch.task_ids[0]), output.dtype))
+
+        handle = layer.register_forward_hook(note)
+        try:
+            return original(self, model, batch)
+        finally:
+            handle.remove()
+
+    monkeypatch.setattr(CausalObjective, "forward", forward)
+    run_it(tiny("finetune", "training.precision=bf16"), tmp_path / "run")
+
+    assert seen == [(task, torch.bfloat16) for task in range(3) for _ in range(8)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_checkpointing_gives_the_same_bits(finished: Finished, name: str) -> None:
+    more = ("peft.dropout=0.1",)  # drawn again alike when a layer is recomputed
+    outcome = finished(name, *more, "training.gradient_checkpointing=true")
+
+    assert outcome.run.model.is_gradient_checkpointing
+    assert same_bits(outcome.after, finished(name, *more).after)
+    assert outcome.results["matrix"] == finished(name, *more).results["matrix"]

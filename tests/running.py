@@ -1,0 +1,121 @@
+"""Composing configs and running them in this process, as the tests of the core need it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from hydra import compose as hydra_compose
+from hydra import initialize_config_module
+from omegaconf import DictConfig
+from torch import Tensor
+
+from clpeft import experiment
+from clpeft.composition import register_schemas, settle
+from clpeft.config import Config
+from clpeft.launching import launch
+from clpeft.training.checkpoint import Checkpoints, read_state
+from clpeft.training.run import Run
+
+
+def compose(overrides: Sequence[str] = ()) -> tuple[DictConfig, Config]:
+    """What Hydra composes from overrides, and the settings that come of it."""
+    composed = compose_only(overrides)
+    return composed, settle(composed)
+
+
+def compose_only(overrides: Sequence[str] = ()) -> DictConfig:
+    """What Hydra composes from overrides, unchecked."""
+    register_schemas()
+    with initialize_config_module("clpeft.conf", version_base="1.3"):
+        return hydra_compose("config", overrides=list(overrides))
+
+
+@dataclass
+class Outcome:
+    """A finished run: what it left on disk and in memory."""
+
+    directory: Path
+    run: Run
+    before: dict[str, Tensor] = field(repr=False)  # every parameter, before training
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """results.json."""
+        return json.loads((self.directory / "results.json").read_text())
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """status.json."""
+        return json.loads((self.directory / "status.json").read_text())
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """history.jsonl."""
+        lines = (self.directory / "history.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def steps(self, task: int) -> list[dict[str, Any]]:
+        """The logged steps of one task."""
+        return [e for e in self.history if e["event"] == "step" and e["task"] == task]
+
+    def state(self, tasks: int) -> dict[str, Any]:
+        """The checkpoint written after so many tasks."""
+        (folder,) = (self.directory / "checkpoints").glob(f"step-*-task-{tasks}")
+        return read_state(folder)
+
+    @property
+    def trainable(self) -> dict[str, Tensor]:
+        """The parameters that train, after training."""
+        return {name: p.detach() for name, p in self.run.trainable.items()}
+
+    @property
+    def after(self) -> dict[str, Tensor]:
+        """Every parameter, after training."""
+        return {name: p.detach() for name, p in self.run.model.named_parameters()}
+
+
+def run_it(
+    overrides: Sequence[str], directory: Path, *, interrupt_after: int | None = None
+) -> Outcome:
+    """Launches a run in this process.
+
+    Args:
+        overrides: Of the command line.
+        directory: The run directory.
+        interrupt_after: Ctrl-C as soon as the checkpoint after so many tasks is written.
+    """
+    composed = compose_only(overrides)
+    kept: dict[str, Any] = {}
+
+    def build_run(config: Config, where: Path) -> Run:
+        run = original(config, where)
+        kept["run"] = run
+        kept["before"] = {n: p.detach().clone() for n, p in run.model.named_parameters()}
+        return run
+
+    def save(self: Checkpoints, loop: Any) -> None:
+        saved(self, loop)
+        if loop.run.tasks_seen == interrupt_after:
+            raise KeyboardInterrupt
+
+    original, saved = experiment.build_run, Checkpoints.save
+    with (
+        mock.patch.object(experiment, "build_run", build_run),
+        mock.patch.object(Checkpoints, "save", save),
+    ):
+        try:
+            launch(composed, directory)
+        except KeyboardInterrupt:
+            assert interrupt_after is not None
+    return Outcome(directory, kept["run"], kept["before"])
+
+
+def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Whether two sets of named tensors are equal, bit by bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

@@ -1,0 +1,92 @@
+"""One table for all matrix tests: how each strategy is made to show on a tiny stream.
+
+A new strategy adds one row here, and is then trained, resumed, saved, combined and compared by
+tests/integration.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a strategy is run, and by what it must show."""
+
+    overrides: tuple[str, ...] = ()
+    # the logged value that is not zero from task 2 on, and is absent or zero in task 1
+    trace: str | None = None
+    keeps_state: bool = True  # whether its state after task 1 holds tensors
+    # whether it draws from a memory once per micro-batch, so that cutting a batch into micro-batches
+    # changes what is drawn
+    draws_per_micro_batch: bool = False
+
+
+STRATEGY_SETTINGS: dict[str, Setting] = {
+    "agem": Setting(
+        ("strategies.agem.memory_size=24", "strategies.agem.reference_size=8"),
+        trace="train/gradient/agem_projected",
+    ),
+    "cumulative": Setting(keeps_state=False),
+    "ewc": Setting(
+        ("strategies.ewc.lambda_=20", "strategies.ewc.fisher_examples=8"),
+        trace="train/loss/ewc",
+    ),
+    "finetune": Setting(keeps_state=False),
+    "independent": Setting(),
+    "joint": Setting(keeps_state=False),
+    "olora": Setting(("strategies.olora.lambda1=0.5",), trace="train/loss/orthogonality"),
+    "replay": Setting(
+        ("strategies.replay.memory_size=24", "strategies.replay.ratio=0.5"),
+        trace="train/replay/examples",
+        draws_per_micro_batch=True,
+    ),
+}
+
+# Everything small: a run takes about a second once its base model is built. Weight decay is on, so
+# that what only looks frozen moves.
+TINY = (
+    "stream.num_tasks=3",
+    "stream.train_size=32",
+    "stream.validation_size=16",
+    "stream.test_size=16",
+    "stream.max_length=96",
+    "training.batch_size=8",
+    "training.epochs=2",
+    "optimizer.weight_decay=0.1",
+    "tracking.log_every=1",
+    "tracking.console=false",
+    "tracking.wandb.mode=disabled",
+    "training.checkpoint.keep=100",
+)
+
+# The three families, as small as they go, and just enough warmed up for gradients to mean something.
+_WARMUP = (
+    "model.warmup.steps=150",
+    "model.warmup.batch_size=16",
+    "model.warmup.length=32",
+    "model.warmup.lr=1e-2",
+    "model.warmup.vocabulary=600",
+)
+TINY_MODELS = {
+    "tiny_llama": (
+        "model=tiny_llama",
+        "model.architecture.hidden_size=32",
+        "model.architecture.intermediate_size=64",
+        *_WARMUP,
+    ),
+    "tiny_bert": (
+        "model=tiny_bert",
+        "model.architecture.hidden_size=32",
+        "model.architecture.intermediate_size=64",
+        *_WARMUP,
+    ),
+    "tiny_t5": (
+        "model=tiny_t5",
+        "model.architecture.d_model=32",
+        "model.architecture.d_kv=8",
+        "model.architecture.d_ff=64",
+        *_WARMUP,
+        "model.warmup.steps=0",
+    ),
+}
