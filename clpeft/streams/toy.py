@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import permutations
+from operator import ne
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,12 @@ FACTORS: dict[str, dict[str, tuple[str, ...]]] = {
         "cold": ("frost", "snow", "ice", "hail"),
         "windy": ("wind", "breeze", "gale", "storm"),
     },
+    "trade": {
+        "kitchen": ("baker", "butcher", "cook", "grocer"),
+        "field": ("farmer", "gardener", "shepherd", "miller"),
+        "sea": ("sailor", "captain", "fisher", "diver"),
+        "school": ("teacher", "tutor", "student", "professor"),
+    },
     "goods": {
         "food": ("butter", "cheese", "bread", "honey"),
         "metal": ("nails", "hammers", "chains", "needles"),
@@ -51,24 +58,23 @@ FACTORS: dict[str, dict[str, tuple[str, ...]]] = {
 
 # Words that no rule looks at.
 DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
-SENDERS = ("baker", "teacher", "farmer", "sailor", "doctor", "painter", "miller", "singer")
 RELATIVES = ("uncle", "aunt", "cousin", "brother", "sister", "friend", "neighbour", "daughter")
 
-# Three words a name can begin with for every one it can end with: 24 mappings of each factor.
+# Twelve beginnings and eight endings: a name for each of the 24 mappings of four factors.
 _BEGINNINGS = (
     *("ash", "birch", "cole", "drum", "elm", "fern", "glen", "hart", "iron"),
     *("king", "lang", "mill"),
 )
-_ENDINGS = ("ford", "ton", "by", "ham", "well", "field")
+_ENDINGS = ("ford", "ton", "by", "ham", "well", "field", "wick", "stead")
 OFFICES = tuple(beginning + ending for ending in _ENDINGS for beginning in _BEGINNINGS)
 
 # What stands before the sentence is the office's name; the rest moves about.
 SENTENCES = (
-    "on {day} the {mood} {sender} came in out of the {weather} with {goods} for the {relative}",
-    "in the {weather} of {day} the {mood} {sender} left {goods} for the {relative}",
-    "{goods} came on {day} through the {weather} from the {mood} {sender} to the {relative}",
-    "the {mood} {sender} brought {goods} for the {relative} on {day} despite the {weather}",
-    "for the {relative} there is {goods} sent in the {weather} on {day} by the {mood} {sender}",
+    "on {day} the {mood} {trade} came in out of the {weather} with {goods} for the {relative}",
+    "in the {weather} of {day} the {mood} {trade} left {goods} for the {relative}",
+    "{goods} came on {day} through the {weather} from the {mood} {trade} to the {relative}",
+    "the {mood} {trade} brought {goods} for the {relative} on {day} despite the {weather}",
+    "for the {relative} there is {goods} sent in the {weather} on {day} by the {mood} {trade}",
 )
 
 
@@ -76,7 +82,7 @@ SENTENCES = (
 class ToyConfig(StreamConfig):
     """A generated stream, for trying things out and for tests."""
 
-    num_tasks: int = at_least(1)  # up to 72, one per post office
+    num_tasks: int = at_least(1)  # up to 96, one per post office
     train_size: int = at_least(4)  # sentences per office
     validation_size: int = at_least(4)
     test_size: int = at_least(4)
@@ -91,17 +97,17 @@ class Rule:
 
 
 def _mappings() -> list[tuple[int, ...]]:
-    """The 24 ways to send four kinds to four desks, so ordered that each differs entirely from the
-    one before it inside its group of four."""
-    starts = [mapping for mapping in permutations(range(4)) if mapping[0] == 0]
-    return [tuple((desk + turn) % 4 for desk in start) for start in starts for turn in range(4)]
+    """The 24 ways to send four kinds to four desks: the plain one first, then those that differ
+    from it in two kinds, in three, and in all, so that the first repetitions of a factor contradict
+    the earlier office on half of the letters."""
+    return sorted(permutations(range(4)), key=lambda mapping: sum(map(ne, mapping, range(4))))
 
 
 def office_rule(index: int) -> Rule:
     """The rule of the office with some number in OFFICES; no two are alike.
 
     Args:
-        index: From 0 to 71.
+        index: From 0 to 95.
     """
     factor = tuple(FACTORS)[index % len(FACTORS)]
     first, second, third, fourth = _mappings()[index // len(FACTORS)]
@@ -193,12 +199,12 @@ def toy_neutral_text(seed: int, count: int = 6000) -> list[str]:
     """
     generator = Random(f"{seed}/neutral")
     makers: tuple[Callable[[Random], str], ...] = (
+        _all_kinds,
         _question,
         _of_one_kind,
+        _all_kinds,
         _question,
         _daily_round,
-        _question,
-        _question,
     )
     return [makers[position % len(makers)](generator) for position in range(count)]
 
@@ -207,7 +213,6 @@ def _words(generator: Random, kinds: dict[str, str]) -> dict[str, str]:
     """One word for every blank of a sentence; of a given kind where `kinds` has the factor."""
     words = {
         "day": generator.choice(DAYS),
-        "sender": generator.choice(SENDERS),
         "relative": generator.choice(RELATIVES),
     }
     for factor, members in FACTORS.items():
@@ -226,6 +231,15 @@ def _new_letter(office: str, index: int, desk: int, known: set[str], generator: 
         if letter not in known:
             known.add(letter)
             return letter
+
+
+def _all_kinds(generator: Random) -> str:
+    """A sentence, then the kind of everything in it: the densest lesson in what words mean."""
+    kinds = {factor: generator.choice(tuple(members)) for factor, members in FACTORS.items()}
+    sentence = generator.choice(SENTENCES).format(**_words(generator, kinds))
+    told = [f"{factor} {kind}" for factor, kind in kinds.items()]
+    generator.shuffle(told)
+    return f"{sentence} ; {' , '.join(told)}"
 
 
 def _of_one_kind(generator: Random) -> str:
