@@ -42,12 +42,6 @@ FACTORS: dict[str, dict[str, tuple[str, ...]]] = {
         "cold": ("frost", "snow", "ice", "hail"),
         "windy": ("wind", "breeze", "gale", "storm"),
     },
-    "trade": {
-        "kitchen": ("baker", "butcher", "cook", "grocer"),
-        "field": ("farmer", "gardener", "shepherd", "miller"),
-        "sea": ("sailor", "captain", "fisher", "diver"),
-        "school": ("teacher", "tutor", "student", "professor"),
-    },
     "goods": {
         "food": ("butter", "cheese", "bread", "honey"),
         "metal": ("nails", "hammers", "chains", "needles"),
@@ -57,24 +51,25 @@ FACTORS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 # Words that no rule looks at.
+SENDERS = ("baker", "teacher", "farmer", "sailor", "doctor", "painter", "miller", "singer")
 DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 RELATIVES = ("uncle", "aunt", "cousin", "brother", "sister", "friend", "neighbour", "daughter")
 
-# Twelve beginnings and eight endings: a name for each of the 24 mappings of four factors.
+# Twelve beginnings and six endings: a name for each of the 24 mappings of three factors.
 _BEGINNINGS = (
     *("ash", "birch", "cole", "drum", "elm", "fern", "glen", "hart", "iron"),
     *("king", "lang", "mill"),
 )
-_ENDINGS = ("ford", "ton", "by", "ham", "well", "field", "wick", "stead")
+_ENDINGS = ("ford", "ton", "by", "ham", "well", "field")
 OFFICES = tuple(beginning + ending for ending in _ENDINGS for beginning in _BEGINNINGS)
 
 # What stands before the sentence is the office's name; the rest moves about.
 SENTENCES = (
-    "on {day} the {mood} {trade} came in out of the {weather} with {goods} for the {relative}",
-    "in the {weather} of {day} the {mood} {trade} left {goods} for the {relative}",
-    "{goods} came on {day} through the {weather} from the {mood} {trade} to the {relative}",
-    "the {mood} {trade} brought {goods} for the {relative} on {day} despite the {weather}",
-    "for the {relative} there is {goods} sent in the {weather} on {day} by the {mood} {trade}",
+    "on {day} the {mood} {sender} came in out of the {weather} with {goods} for the {relative}",
+    "in the {weather} of {day} the {mood} {sender} left {goods} for the {relative}",
+    "{goods} came on {day} through the {weather} from the {mood} {sender} to the {relative}",
+    "the {mood} {sender} brought {goods} for the {relative} on {day} despite the {weather}",
+    "for the {relative} there is {goods} sent in the {weather} on {day} by the {mood} {sender}",
 )
 
 
@@ -82,7 +77,7 @@ SENTENCES = (
 class ToyConfig(StreamConfig):
     """A generated stream, for trying things out and for tests."""
 
-    num_tasks: int = at_least(1)  # up to 96, one per post office
+    num_tasks: int = at_least(1)  # up to 72, one per post office
     train_size: int = at_least(4)  # sentences per office
     validation_size: int = at_least(4)
     test_size: int = at_least(4)
@@ -107,7 +102,7 @@ def office_rule(index: int) -> Rule:
     """The rule of the office with some number in OFFICES; no two are alike.
 
     Args:
-        index: From 0 to 95.
+        index: From 0 to 71.
     """
     factor = tuple(FACTORS)[index % len(FACTORS)]
     first, second, third, fourth = _mappings()[index // len(FACTORS)]
@@ -199,12 +194,12 @@ def toy_neutral_text(seed: int, count: int = 6000) -> list[str]:
     """
     generator = Random(f"{seed}/neutral")
     makers: tuple[Callable[[Random], str], ...] = (
-        _all_kinds,
         _question,
         _of_one_kind,
-        _all_kinds,
         _question,
         _daily_round,
+        _question,
+        _question,
     )
     return [makers[position % len(makers)](generator) for position in range(count)]
 
@@ -213,6 +208,7 @@ def _words(generator: Random, kinds: dict[str, str]) -> dict[str, str]:
     """One word for every blank of a sentence; of a given kind where `kinds` has the factor."""
     words = {
         "day": generator.choice(DAYS),
+        "sender": generator.choice(SENDERS),
         "relative": generator.choice(RELATIVES),
     }
     for factor, members in FACTORS.items():
@@ -231,15 +227,6 @@ def _new_letter(office: str, index: int, desk: int, known: set[str], generator: 
         if letter not in known:
             known.add(letter)
             return letter
-
-
-def _all_kinds(generator: Random) -> str:
-    """A sentence, then the kind of everything in it: the densest lesson in what words mean."""
-    kinds = {factor: generator.choice(tuple(members)) for factor, members in FACTORS.items()}
-    sentence = generator.choice(SENTENCES).format(**_words(generator, kinds))
-    told = [f"{factor} {kind}" for factor, kind in kinds.items()]
-    generator.shuffle(told)
-    return f"{sentence} ; {' , '.join(told)}"
 
 
 def _of_one_kind(generator: Random) -> str:
