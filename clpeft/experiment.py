@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from omegaconf import DictConfig, OmegaConf
 
@@ -73,6 +74,8 @@ def run_experiment(config: Config, composed: DictConfig, directory: Path) -> dic
 
 def build_run(config: Config, directory: Path) -> Run:
     """Stream, tokenizer, model, adapter, strategies: each needs what stands before it."""
+    # an earlier run in this process, in a sweep, may have had another precision
+    AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=config.training.precision)
     cache_dir = Path(config.paths.cache_dir).expanduser()
     stream = build_stream(config.stream, data_dir=config.paths.data_dir)

@@ -126,6 +126,8 @@ class Loop:
                 self.observer.on_step(run.step, self._read(logs) if run.logging else None)
         self.cost.count(steps, examples)
         run.model = run.accelerator.unwrap_model(run.prepared, keep_fp32_wrapper=False)
+        # else Accelerate takes it for prepared at the next task and leaves its autocast off
+        run.model._is_accelerate_prepared = False  # type: ignore[assignment]
         run.prepared = run.model
         run.accelerator.free_memory()
         run.optimizer = None
