@@ -92,5 +92,6 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    # peft asks transformers by a name that transformers is about to drop
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    # names that transformers is about to drop: peft asks by one, and older releases know no other
+    for name in ("is_gradient_checkpointing", "gradient_checkpointing_enable"):
+        warnings.filterwarnings("ignore", message=f"`{name}` is deprecated")
