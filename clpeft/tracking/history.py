@@ -81,6 +81,7 @@ class HistoryObserver(Observer):
 
     def on_task_end(self, index: int) -> None:
         """See `Observer`."""
+        self._task = index  # a task whose training a strategy skips has no start
         self._write("task_end")
 
     def on_error(self, error: BaseException) -> None:
