@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,19 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where generated bases and encoded streams are kept for the whole session."""
     import torch
+    from peft import PeftModel
 
     import clpeft.experiment  # noqa: F401
     from clpeft.launching import quiet_libraries
 
+    patch = pytest.MonkeyPatch()
     torch.set_num_threads(1)  # tiny models; the test processes share the cores
     quiet_libraries()
+    # most of the time that saving an adapter takes, and none of our business
+    patch.setattr(PeftModel, "create_or_update_model_card", lambda self, folder: None)
     # Accelerate collects garbage after every task; what is imported by now need not be looked at
     gc.collect()
     gc.freeze()
@@ -28,7 +32,8 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # beside the other workers', where there are some: what one of them built, all can use
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
     folder.mkdir(exist_ok=True)
-    return folder
+    yield folder
+    patch.undo()
 
 
 @pytest.fixture(scope="session")

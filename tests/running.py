@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,7 +31,12 @@ def compose(overrides: Sequence[str] = ()) -> tuple[DictConfig, Config]:
 
 
 def compose_only(overrides: Sequence[str] = ()) -> DictConfig:
-    """What Hydra composes from overrides, unchecked."""
+    """What Hydra composes from overrides, unchecked; not to be changed."""
+    return _composed(tuple(overrides))
+
+
+@lru_cache(maxsize=64)
+def _composed(overrides: tuple[str, ...]) -> DictConfig:
     register_schemas()
     with initialize_config_module("clpeft.conf", version_base="1.3"):
         return hydra_compose("config", overrides=list(overrides))
@@ -63,6 +69,11 @@ class Outcome:
     def steps(self, task: int) -> list[dict[str, Any]]:
         """The logged steps of one task."""
         return [e for e in self.history if e["event"] == "step" and e["task"] == task]
+
+    @property
+    def logged_steps(self) -> list[dict[str, Any]]:
+        """The logged steps of all tasks."""
+        return [event for event in self.history if event["event"] == "step"]
 
     def state(self, tasks: int) -> dict[str, Any]:
         """The checkpoint written after so many tasks."""

@@ -17,9 +17,6 @@ class Setting:
     # the logged value that is not zero from task 2 on, and is absent or zero in task 1
     trace: str | None = None
     keeps_state: bool = True  # whether its state after task 1 holds tensors
-    # whether it draws from a memory once per micro-batch, so that cutting a batch into micro-batches
-    # changes what is drawn
-    draws_per_micro_batch: bool = False
 
 
 STRATEGY_SETTINGS: dict[str, Setting] = {
@@ -39,12 +36,11 @@ STRATEGY_SETTINGS: dict[str, Setting] = {
     "replay": Setting(
         ("strategies.replay.memory_size=24", "strategies.replay.ratio=0.5"),
         trace="train/replay/examples",
-        draws_per_micro_batch=True,
     ),
 }
 
 # Everything small: a run takes about a second once its base model is built. Weight decay is on, so
-# that what only looks frozen moves.
+# that what only looks frozen moves; dropout too, so that random states that differ show.
 TINY = (
     "stream.num_tasks=3",
     "stream.train_size=32",
@@ -53,14 +49,16 @@ TINY = (
     "stream.max_length=96",
     "training.batch_size=8",
     "training.epochs=2",
+    "optimizer.lr=5e-3",
     "optimizer.weight_decay=0.1",
+    "peft.dropout=0.1",
     "tracking.log_every=1",
     "tracking.console=false",
     "tracking.wandb.mode=disabled",
     "training.checkpoint.keep=100",
 )
 
-# The three families, as small as they go, and just enough warmed up for gradients to mean something.
+# The three families, as small as they go, and warmed up for gradients to mean something.
 _WARMUP = (
     "model.warmup.steps=150",
     "model.warmup.batch_size=16",
