@@ -79,7 +79,7 @@ def load_tokenizer(config: ModelConfig, source: str) -> PreTrainedTokenizerBase:
 
 def load_model(
     config: ModelConfig, source: str, tokenizer: PreTrainedTokenizerBase, labels: int
-) -> PreTrainedModel | PeftModel:
+) -> tuple[PreTrainedModel | PeftModel, list[str]]:
     """Loads a base model, or one that carries an adapter already.
 
     Args:
@@ -87,6 +87,10 @@ def load_model(
         source: A folder or a name on the Hub.
         tokenizer: Its tokenizer.
         labels: Size of the stream's label space, for a classification head.
+
+    Returns:
+        The model, and the paths of its modules that the source has no weights for. A classifier
+        has such besides its head where the source is a language model, as a BERT's pooler is.
 
     Raises:
         ConfigError: If it cannot be loaded.
@@ -99,7 +103,7 @@ def load_model(
 
     adapter = Path(source) / "adapter_config.json"
     base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else None
-    options: dict[str, Any] = {"dtype": _dtype(config.dtype)}
+    options: dict[str, Any] = {"dtype": _dtype(config.dtype), "output_loading_info": True}
     if config.attention is not None:
         options["attn_implementation"] = config.attention
     auto: Any = {
@@ -109,13 +113,14 @@ def load_model(
     }[config.task_type]
     if config.task_type == "sequence_classification":
         options |= {"num_labels": labels, "ignore_mismatched_sizes": True}
-    model = _loaded(auto, base or source, config, **options)
+    model, found = _loaded(auto, base or source, config, **options)
     model.config.pad_token_id = tokenizer.pad_token_id
+    new = sorted({name.rpartition(".")[0] for name in found["missing_keys"]})
     if base is None:
-        return model
+        return model, new
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, source, is_trainable=True)
+    return PeftModel.from_pretrained(model, source, is_trainable=True), new
 
 
 def make_objective(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ class PeftMethodConfig:
 
 
 def apply_peft(
-    model: PreTrainedModel | PeftModel, config: Any, task_type: str
+    model: PreTrainedModel | PeftModel, config: Any, task_type: str, new: Sequence[str]
 ) -> PreTrainedModel | PeftModel:
     """Puts the adapter on a model, once; leaves trainable just what the method trains.
 
@@ -40,6 +41,8 @@ def apply_peft(
         model: A base model, or one that carries an adapter already, which is kept as it is.
         config: Settings of the chosen method.
         task_type: sequence_classification, causal_lm or seq2seq_lm.
+        new: Paths of modules that the model's source had no weights for. They train whole and are
+            saved with the adapter, which would otherwise stand on weights that nobody else has.
 
     Returns:
         The model to train.
@@ -59,4 +62,4 @@ def apply_peft(
             )
         log.info("the model carries its %s adapter already; it is not wrapped again", carried)
         return model
-    return PEFT_METHODS[config.method].target(model, config, task_type)
+    return PEFT_METHODS[config.method].target(model, config, task_type, new)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ class FullConfig(PeftMethodConfig):
 
 
 @PEFT_METHODS.register("full", config=FullConfig)
-def apply_full(model: PreTrainedModel, config: FullConfig, task_type: str) -> PreTrainedModel:
+def apply_full(
+    model: PreTrainedModel, config: FullConfig, task_type: str, new: Sequence[str]
+) -> PreTrainedModel:
     """Leaves the model as it is, with every parameter trainable."""
     return model.requires_grad_(True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from clpeft.registry import PEFT_METHODS
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+HEADS = {"classifier", "score"}  # what PEFT itself trains whole
 
 
 @dataclass
@@ -32,16 +35,20 @@ class LoraSettings(PeftMethodConfig):
 
 
 @PEFT_METHODS.register("lora", config=LoraSettings)
-def apply_lora(model: PreTrainedModel, config: LoraSettings, task_type: str) -> PeftModel:
+def apply_lora(
+    model: PreTrainedModel, config: LoraSettings, task_type: str, new: Sequence[str]
+) -> PeftModel:
     """Freezes the model and puts LoRA on its target modules.
 
-    The head of a classifier trains whole, as PEFT does for that task type.
+    The head of a classifier trains whole, as PEFT does for that task type, and so does what else
+    of it is new.
 
     Raises:
         ConfigError: If no module of the model matches `config.target`.
     """
     from peft import LoraConfig, get_peft_model
 
+    new = [path for path in new if not HEADS & set(path.split("."))]
     return get_peft_model(
         model,
         LoraConfig(
@@ -53,6 +60,7 @@ def apply_lora(model: PreTrainedModel, config: LoraSettings, task_type: str) -> 
             bias=config.bias,
             use_rslora=config.use_rslora,
             use_dora=config.use_dora,
-            modules_to_save=config.modules_to_save,
+            modules_to_save=[*(config.modules_to_save or []), *new] or None,
+            exclude_modules=new or None,
         ),
     )
