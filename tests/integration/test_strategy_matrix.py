@@ -14,7 +14,9 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from clpeft import experiment
 from clpeft.composition import settle
@@ -226,6 +228,28 @@ def test_olora_keeps_earlier_subspaces_bit_identical(finished: Finished) -> None
             assert [state[path].shape[dim] for state in states] == [8, 16, 24]
             assert torch.equal(states[2][path].narrow(dim, 0, 16), states[1][path])
             assert torch.equal(states[1][path].narrow(dim, 0, 8), states[0][path])
+
+
+@pytest.mark.parametrize(
+    ("name", "model"), [*[(name, "tiny_llama") for name in NAMES], ("finetune", "tiny_bert")]
+)
+def test_adapter_on_disk_is_the_model_that_was_trained(
+    finished: Finished, bases: Callable[[str], Path], name: str, model: str
+) -> None:
+    outcome = finished(name, model=model)
+    run, (folder,) = outcome.run, (outcome.directory / "adapters").glob("3_*")
+    auto = AutoModelForCausalLM if model == "tiny_llama" else AutoModelForSequenceClassification
+    labels = {} if model == "tiny_llama" else {"num_labels": 4}
+    loaded = PeftModel.from_pretrained(auto.from_pretrained(bases(model), **labels), folder)
+    batch = run.loader(run.stream.tasks[0].test, shuffle=False).batch(0)
+    with torch.no_grad():
+        found = loaded.eval()(**batch.inputs).logits
+        expected = run.model.eval()(**batch.inputs).logits
+
+    if name == "olora":  # one product of rank 24 against three, two of them added to the base
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    else:
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "replay"])

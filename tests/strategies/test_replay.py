@@ -1,0 +1,82 @@
+"""What replay does to a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from clpeft.strategies.replay import Replay, ReplayConfig
+from clpeft.streams.batching import Columns
+
+
+@pytest.fixture
+def replaying(bigrams: Callable[..., Any], examples: Callable[..., Any]) -> Callable[..., Any]:
+    """A run and a replay whose memory holds a first task of ten examples."""
+
+    def make(ratio: float) -> tuple[Any, Replay]:
+        run = bigrams(50)
+        replay = Replay(ReplayConfig(memory_size=10, ratio=ratio))
+        replay.setup(run)
+        rows = [[40 + i, 30, 31, 32, 33] for i in range(10)]
+        task = SimpleNamespace(train=examples(rows, prompt_length=1, task=0))
+        replay.after_task(run, task)  # type: ignore[arg-type]
+        return run, replay
+
+    return make
+
+
+def batch(run: Any, examples: Callable[..., Any], size: int) -> Any:
+    rows = examples([[1, 2, 3]] * size, prompt_length=2, task=1)
+    return run.batch(Columns(rows), np.arange(size))
+
+
+@pytest.mark.parametrize(("ratio", "replayed"), [(0.5, 4), (1.0, 8), (0.1, 1), (9.0, 10)])
+def test_memory_examples_follow_the_new_ones(
+    replaying: Callable[..., Any], examples: Callable[..., Any], ratio: float, replayed: int
+) -> None:
+    run, replay = replaying(ratio)
+
+    mixed = replay.transform_batch(run, batch(run, examples, 8))
+
+    assert mixed.task_ids.tolist() == [1] * 8 + [0] * replayed
+    assert len(set(mixed.example_ids[8:].tolist())) == replayed
+    assert replay.transform_gradients(run) == {"replay/examples": replayed}
+
+
+def test_padding_is_masked_and_answers_nothing(
+    replaying: Callable[..., Any], examples: Callable[..., Any]
+) -> None:
+    run, replay = replaying(0.5)
+
+    mixed = replay.transform_batch(run, batch(run, examples, 2))
+
+    assert mixed.inputs["input_ids"][0].tolist() == [1, 2, 3, 0, 0]
+    assert mixed.inputs["attention_mask"].tolist() == [[1, 1, 1, 0, 0]] * 2 + [[1] * 5]
+    assert mixed.labels.tolist() == [[-100, -100, 3, -100, -100]] * 2 + [[-100, 30, 31, 32, 33]]
+    # the loss is the mean over new and replayed answers' tokens alike
+    assert mixed.num_targets == 2 * 1 + 4
+
+
+def test_without_a_memory_the_batch_is_left_alone(
+    bigrams: Callable[..., Any], examples: Callable[..., Any]
+) -> None:
+    run = bigrams(50)
+    replay = Replay(ReplayConfig(memory_size=10, ratio=0.5))
+    replay.setup(run)
+    given = batch(run, examples, 4)
+
+    assert replay.transform_batch(run, given) is given
+    assert replay.transform_gradients(run) == {"replay/examples": 0}
+
+
+def test_ratio_of_zero_replays_nothing(
+    replaying: Callable[..., Any], examples: Callable[..., Any]
+) -> None:
+    run, replay = replaying(0.0)
+    given = batch(run, examples, 4)
+
+    assert replay.transform_batch(run, given) is given

@@ -1,0 +1,96 @@
+"""The contract: what a strategy may define, and what is made of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from clpeft.registry import STRATEGIES
+from clpeft.strategies.base import HOOKS, Strategy, defines, with_hook
+
+# as the design names them, and what a strategy may say about its settings and adapters
+CONTRACT = {
+    "setup",
+    "before_task",
+    "train_examples",
+    "transform_batch",
+    "compute_gradients",
+    "loss_terms",
+    "transform_gradients",
+    "after_step",
+    "after_task",
+    "evaluating",
+    "state_dict",
+    "load_state_dict",
+    "check",
+    "save_adapter",
+}
+
+
+def test_hooks_are_those_of_the_contract() -> None:
+    assert HOOKS == CONTRACT
+
+
+def test_misspelt_hook_is_an_error_when_the_class_is_defined() -> None:
+    with pytest.raises(TypeError, match=r"Misspelt\.transfrom_gradients is not a hook.*") as error:
+
+        class Misspelt(Strategy):
+            def transfrom_gradients(self, run: Any) -> dict[str, float]:
+                return {}
+
+    assert "Did you mean 'transform_gradients'" in str(error.value)
+
+
+def test_helpers_start_with_an_underscore() -> None:
+    class Helped(Strategy):
+        def after_step(self, run: Any) -> None:
+            self._help()
+
+        def _help(self) -> None:
+            """Does nothing."""
+
+    assert defines(Helped(None), "after_step")
+
+
+def test_hooks_are_inherited_and_found() -> None:
+    class First(Strategy):
+        def after_step(self, run: Any) -> None:
+            """Does nothing."""
+
+    class Second(First):
+        def loss_terms(self, run: Any, batch: Any, outputs: Any) -> dict[str, Any]:
+            return {}
+
+    plain, first, second = Strategy(None), First(None), Second(None)
+
+    assert with_hook([second, plain, first], "after_step") == [second, first]
+    assert with_hook([second, plain, first], "loss_terms") == [second]
+    assert with_hook([second, plain, first], "transform_batch") == []
+
+
+def test_no_hook_does_anything_by_default() -> None:
+    strategy, batch = Strategy("settings"), object()
+    run: Any = None
+
+    assert strategy.config == "settings"
+    assert strategy.transform_batch(run, batch) is batch  # type: ignore[arg-type]
+    assert strategy.train_examples(run, run, batch) is batch  # type: ignore[arg-type]
+    assert strategy.loss_terms(run, run, run) == {}
+    assert strategy.transform_gradients(run) == {}
+    assert strategy.state_dict() == {}
+    assert strategy.save_adapter(run, run, run) is False
+    with strategy.evaluating(run, None):
+        pass
+
+
+@pytest.mark.parametrize("entry", list(STRATEGIES), ids=lambda entry: entry.name)
+def test_every_strategy_says_what_it_can_do(entry: Any) -> None:
+    target = entry.target
+
+    assert issubclass(target, Strategy)
+    assert target.__doc__
+    assert target.task_types <= {"sequence_classification", "causal_lm", "seq2seq_lm"}
+    assert set(target.conflicts) <= {other.name for other in STRATEGIES}
+    # a bound is a reference; a reference runs alone
+    assert target.is_reference or not target.is_bound
