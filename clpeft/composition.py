@@ -12,7 +12,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from clpeft.config import RESULT_KEYS, Config, ConfigError, digest, nearest
+from clpeft.config import Config, ConfigError, nearest, run_name
 from clpeft.registry import PEFT_METHODS, STRATEGIES, STREAMS
 from clpeft.strategies.base import Strategy, defines
 
@@ -35,12 +35,6 @@ def register_schemas() -> None:
 
 def _run_name_of_root(*, _root_: DictConfig) -> str:
     return f"{_root_.stream.name}/{run_name(_root_)}"
-
-
-def run_name(config: DictConfig) -> str:
-    """A readable name that two different configs never share: `<strategies>-s<seed>-<digest>`."""
-    strategies = "+".join(config.strategies)
-    return f"{strategies}-s{config.seed}-{digest(config, [*RESULT_KEYS, 'seed'])}"
 
 
 def settle(composed: DictConfig) -> Config:

@@ -213,3 +213,9 @@ def digest(config: DictConfig, keys: Iterable[str]) -> str:
         # how often a run is saved cannot change what it computes
         content["training"] = {k: v for k, v in content["training"].items() if k != "checkpoint"}
     return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:8]
+
+
+def run_name(config: DictConfig) -> str:
+    """A readable name that two different configs never share: `<strategies>-s<seed>-<digest>`."""
+    strategies = "+".join(config.strategies)
+    return f"{strategies}-s{config.seed}-{digest(config, [*RESULT_KEYS, 'seed'])}"

@@ -10,8 +10,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from omegaconf import DictConfig, OmegaConf
 
-from clpeft.composition import run_name
-from clpeft.config import RESULT_KEYS, Config, digest
+from clpeft.config import RESULT_KEYS, Config, digest, run_name
 from clpeft.evaluation.evaluator import Evaluator
 from clpeft.models.load import (
     count_parameters,

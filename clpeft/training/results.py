@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from omegaconf import DictConfig
 
-from clpeft.composition import run_name
-from clpeft.config import RESULT_KEYS, SETTING_KEYS, digest
+from clpeft.config import RESULT_KEYS, SETTING_KEYS, digest, run_name
 from clpeft.evaluation.metrics import compute_metrics
 from clpeft.models.load import count_parameters
 from clpeft.registry import STRATEGIES
