@@ -59,11 +59,11 @@ class Loop:
         self.cost = cost
         self.matrix: list[list[float | None]] = []
         self.skipped = 0  # tasks whose training a strategy left to a later one, as `joint` does
-        self.steppers = with_hook(run.strategies, "compute_gradients")
+        self.gradient_makers = with_hook(run.strategies, "compute_gradients")
         self.transformers = with_hook(run.strategies, "transform_gradients")
         self.batchers = with_hook(run.strategies, "transform_batch")
         self.terms = with_hook(run.strategies, "loss_terms")
-        self.steppers_after = with_hook(run.strategies, "after_step")
+        self.finishers = with_hook(run.strategies, "after_step")
 
     def train(self) -> None:
         """Goes through the tasks that are left."""
@@ -158,7 +158,7 @@ class Loop:
             logs["train/grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, limit)
         run.optimizer.step()
         run.optimizer.zero_grad()
-        for strategy in self.steppers_after:
+        for strategy in self.finishers:
             strategy.after_step(run)
         return logs
 
@@ -168,8 +168,8 @@ class Loop:
         targets = sum(batch.num_targets for batch in micro_batches)
         sums: dict[str, Any] = {"train/loss/task": 0.0}
         for batch in micro_batches:
-            if self.steppers:
-                part = self.steppers[0].compute_gradients(run, batch)
+            if self.gradient_makers:
+                part = self.gradient_makers[0].compute_gradients(run, batch)
                 sums["train/loss/task"] += part / len(micro_batches)
                 continue
             outputs = run.objective.forward(run.prepared, batch)
