@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,25 +34,42 @@ def right_padded(rows: Sequence[Sequence[int]], pad: int) -> Tensor:
     return torch.tensor([list(row) + [pad] * (length - len(row)) for row in rows])
 
 
+# how configurations call the number of tokens that a layer with local attention looks back over
+SPANS = ("sliding_window", "window_size", "attention_chunk_size")
+
+
 def causal_scorer(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Scorer:
-    """How candidates are scored by a decoder: packed where its attention takes a mask of ours."""
-    base = model.get_base_model() if "get_base_model" in dir(model) else model  # type: ignore[operator]
+    """How candidates are scored by a decoder: packed where its attention takes a mask of ours.
+
+    That is not so where distance is not told by position ids (ALiBi), where layers carry a state
+    from token to token, or beyond the span of local attention, which a mask of ours would widen.
+    """
+    wrapped = "get_base_model" in dir(model)
+    base: Any = model.get_base_model() if wrapped else model  # type: ignore[operator]
     accepts = inspect.signature(base.forward).parameters
-    implementation = str(base.config._attn_implementation)  # type: ignore[union-attr]
+    implementation = str(base.config._attn_implementation)
+    described = base.config.get_text_config().to_dict()
     learns_prompts = any(
         config.is_prompt_learning for config in (vars(model).get("peft_config") or {}).values()
     )
-    packs = "position_ids" in accepts and implementation in ("eager", "sdpa") and not learns_prompts
+    packs = (
+        "position_ids" in accepts
+        and implementation in ("eager", "sdpa")
+        and not described.get("alibi")
+        and not base._is_stateful
+        and not learns_prompts
+    )
+    span = min((described[name] for name in SPANS if described.get(name)), default=math.inf)
     keeps = "logits_to_keep" in accepts
     pad = int(tokenizer.pad_token_id)
 
-    def packed(prompts: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]]) -> Tensor:
-        return packed_scores(model, prompts, candidates, pad=pad, keeps_logits=keeps)
-
-    def expanded(prompts: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]]) -> Tensor:
+    def score(prompts: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]]) -> Tensor:
+        longest = max(map(len, prompts)) + max(map(len, candidates))
+        if packs and longest <= span:
+            return packed_scores(model, prompts, candidates, pad=pad, keeps_logits=keeps)
         return expanded_scores(model, prompts, candidates, pad=pad)
 
-    return packed if packs else expanded
+    return score
 
 
 def packed_scores(
@@ -143,17 +161,16 @@ def expanded_scores(
         Summed log-likelihoods [B, C], in nats.
     """
     device = next(model.parameters()).device
-    rows = [[*prompt, *candidate] for prompt in prompts for candidate in candidates]
-    targets = [
-        [IGNORED] * (len(prompt) - 1) + list(candidate)
-        for prompt in prompts
-        for candidate in candidates
-    ]
-    ids = right_padded(rows, pad).to(device)
-    mask = right_padded([[1] * len(row) for row in rows], 0).to(device)
-    labels = right_padded(targets, IGNORED).to(device)
-    logits = model(input_ids=ids, attention_mask=mask).logits[:, -ids.shape[1] : -1].float()
-    return _summed(logits, labels).view(len(prompts), len(candidates))
+    scores = []
+    for candidate in candidates:  # one at a time: the logits of all would not fit
+        rows = [[*prompt, *candidate] for prompt in prompts]
+        targets = [[IGNORED] * (len(prompt) - 1) + list(candidate) for prompt in prompts]
+        ids = right_padded(rows, pad).to(device)
+        mask = right_padded([[1] * len(row) for row in rows], 0).to(device)
+        labels = right_padded(targets, IGNORED).to(device)
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, -ids.shape[1] : -1].float()
+        scores.append(_summed(logits, labels))
+    return torch.stack(scores, dim=1)
 
 
 def seq2seq_scorer(model: nn.Module, tokenizer: PreTrainedTokenizerBase, start: int) -> Scorer:
