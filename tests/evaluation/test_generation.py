@@ -29,7 +29,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def randomised(model: Any, seed: int) -> Any:
-    """Random weights, of a seed with which some texts end and some are cut, and no two are alike."""
+    """Random weights, of a seed with which some texts end, some are cut, and no two are alike."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
