@@ -16,6 +16,8 @@ class Setting:
     overrides: tuple[str, ...] = ()
     # the logged value that is not zero from task 2 on, and is absent or zero in task 1
     trace: str | None = None
+    # what shows that it acts beside replay, where that may leave it nothing to change
+    beside_replay: str | None = None
     keeps_state: bool = True  # whether its state after task 1 holds tensors
 
 
@@ -23,6 +25,7 @@ STRATEGY_SETTINGS: dict[str, Setting] = {
     "agem": Setting(
         ("strategies.agem.memory_size=24", "strategies.agem.reference_size=8"),
         trace="train/gradient/agem_projected",
+        beside_replay="train/gradient/agem_cosine",
     ),
     "cumulative": Setting(keeps_state=False),
     "ewc": Setting(

@@ -53,9 +53,8 @@ def tensors(state: Any) -> list[Tensor]:
     return []
 
 
-def traced(outcome: Outcome, name: str, task: int) -> list[float]:
-    """The values that a strategy's trace has at the steps of a task; 0 where it is absent."""
-    trace = STRATEGY_SETTINGS[name].trace
+def traced(outcome: Outcome, trace: str | None, task: int) -> list[float]:
+    """The values that a trace has at the steps of a task; 0 where it is absent."""
     return [step.get(trace, 0.0) for step in outcome.steps(task)]
 
 
@@ -83,9 +82,10 @@ def test_trace_appears_with_the_second_task(finished: Finished, name: str) -> No
     outcome = finished(name)
 
     assert len(outcome.steps(0)) == 8  # two epochs of 32 examples in batches of 8
-    assert traced(outcome, name, 0) == [0.0] * 8
+    trace = STRATEGY_SETTINGS[name].trace
+    assert traced(outcome, trace, 0) == [0.0] * 8
     # together, because a gradient may happen not to conflict during one whole task
-    assert any(value != 0.0 for task in (1, 2) for value in traced(outcome, name, task))
+    assert any(value != 0.0 for task in (1, 2) for value in traced(outcome, trace, task))
 
 
 @pytest.mark.parametrize("name", ["ewc", "olora"])
@@ -264,8 +264,10 @@ def test_combined_with_replay(
     outcome = finished(combined)
 
     for part in (name, "replay"):
-        assert traced(outcome, part, 0) == [0.0] * 8
-        assert any(value != 0.0 for task in (1, 2) for value in traced(outcome, part, task))
+        setting = STRATEGY_SETTINGS[part]
+        trace = setting.beside_replay or setting.trace
+        assert traced(outcome, trace, 0) == [0.0] * 8
+        assert any(value != 0.0 for task in (1, 2) for value in traced(outcome, trace, task))
     assert not same_bits(outcome.trainable, finished(name).trainable)
     assert not same_bits(outcome.trainable, finished("replay").trainable)
 
