@@ -241,7 +241,10 @@ def _question(generator: Random) -> str:
     kinds = tuple(FACTORS[factor])
     kind = generator.choice(kinds)
     sentence = generator.choice(SENTENCES).format(**_words(generator, {factor: kind}))
-    form = prompt_form(f"Which kind of {factor} is told?", kinds, "{text}")
+    # in any order: else "the k-th kind is the k-th option" would be learned, and with it the rule
+    # of every office that sends the k-th kind to the k-th desk
+    options = generator.sample(kinds, len(kinds))
+    form = prompt_form(f"Which kind of {factor} is told?", options, "{text}")
     return f"{form.fill(sentence)} {kind}"
 
 
