@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -27,28 +26,9 @@ app = typer.Typer(
 )
 def run(overrides: Annotated[list[str] | None, typer.Argument()] = None) -> None:
     """Hands the command line to Hydra; a mistake in it ends in one sentence and exit code 1."""
-    from hydra import main as hydra_main
+    from clpeft.application import run_application
 
-    from clpeft.composition import explain, register_schemas
-    from clpeft.launching import run_composed
-
-    sys.argv = ["clpeft", *(overrides or [])]
-    wants_trace = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
-    # Hydra would print and exit by itself; told to raise, it leaves the wording to us
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    register_schemas()
-    try:
-        hydra_main(config_path="pkg://clpeft.conf", config_name="config", version_base="1.3")(
-            run_composed
-        )()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception as error:
-        sentence = explain(error)
-        if sentence is None or wants_trace:
-            raise
-        typer.echo(f"clpeft: {sentence}", err=True)
-        sys.exit(1)
+    sys.exit(run_application(overrides or []))
 
 
 @app.command()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from clpeft.config import Config, ConfigError, nearest, run_name
 from clpeft.registry import PEFT_METHODS, STRATEGIES, STREAMS
@@ -50,19 +51,27 @@ def settle(composed: DictConfig) -> Config:
         ConfigError: For anything that could not work, in one sentence.
     """
     _check_chosen(composed)
-    typed = OmegaConf.merge(OmegaConf.structured(Config), composed)
+    typed = _fitted(Config, OmegaConf.to_container(composed, resolve=True), "")
     nodes = [(f"strategies.{name}", STRATEGIES[name].config) for name in composed.strategies]
     nodes += [("peft", PEFT_METHODS[composed.peft.method].config)]
     nodes += [("stream", STREAMS[composed.stream.kind].config)]
     for path, schema in nodes:
         plain = OmegaConf.to_container(OmegaConf.select(typed, path), resolve=True)
-        OmegaConf.update(
-            typed, path, OmegaConf.merge(OmegaConf.structured(schema), plain), merge=False
-        )
+        OmegaConf.update(typed, path, _fitted(schema, plain, f"{path}."), merge=False)
     config: Config = OmegaConf.to_object(typed)  # type: ignore[assignment]
     _check_fields(config, "")
     _check_combination(config)
     return config
+
+
+def _fitted(schema: type, values: Any, path: str) -> DictConfig:
+    """Values with the names and types of a schema; what was added to it (`+key=...`) is found."""
+    try:
+        return OmegaConf.merge(OmegaConf.structured(schema), values)  # type: ignore[return-value]
+    except ConfigKeyError as error:
+        raise ConfigError(_unknown_key(f"{path}{error.full_key}")) from error
+    except ValidationError as error:
+        raise ConfigError(_wrong_type(f"{path}{error.full_key}", error)) from error
 
 
 def _check_chosen(composed: DictConfig) -> None:
@@ -109,15 +118,25 @@ def _check_fields(node: Any, path: str) -> None:
                 f"{name}={value} is not possible; choose one of {', '.join(options)}."
                 f"{nearest(str(value), options) if len(options) > 6 else ''}"
             )
-        minimum = field.metadata.get("minimum")
-        if minimum is not None and value is not None and value < minimum:
-            raise ConfigError(f"{name}={value} is too small; it must be at least {minimum}.")
+        for number in value if isinstance(value, list) else [value]:
+            _check_range(f"{name}={value}", number, field.metadata)
         if dataclasses.is_dataclass(value):
             _check_fields(value, f"{name}.")
         elif isinstance(value, dict):
             for key, item in value.items():
                 if dataclasses.is_dataclass(item):
                     _check_fields(item, f"{name}.{key}.")
+
+
+def _check_range(given: str, number: Any, limits: Mapping[str, Any]) -> None:
+    minimum, maximum = limits.get("minimum"), limits.get("maximum")
+    if number is None or minimum is None:
+        return
+    # so turned that NaN is refused too
+    if not number >= minimum:
+        raise ConfigError(f"{given} is too small; it must be at least {minimum}.")
+    if maximum is not None and not number <= maximum:
+        raise ConfigError(f"{given} is too large; it must be at most {maximum}.")
 
 
 def _check_combination(config: Config) -> None:
@@ -151,6 +170,10 @@ def _check_combination(config: Config) -> None:
         )
     for strategy in strategies.values():
         strategy.check(config)
+    if len(config.optimizer.betas) != 2:
+        raise ConfigError(
+            f"optimizer.betas={config.optimizer.betas} must be two numbers, such as [0.9, 0.999]."
+        )
     if config.evaluation.mode == "generate" and config.model.task_type == (
         "sequence_classification"
     ):
@@ -203,15 +226,32 @@ def explain(error: Exception) -> str | None:
     cause = error.__cause__ if isinstance(error.__cause__, Exception) else None
     if isinstance(cause, ConfigError):
         return str(cause)
+    if there := re.search(r"Could not append to config. An item is already at '(\S+)'", text):
+        return f"The key '{there.group(1)}' exists already; leave out the + before it."
     if unknown := re.search(r"Could not (?:override|append to config.*?) '?([\w.@/-]+)'", text):
         return _unknown_key(unknown.group(1))
     if choice := re.search(r"Could not find '([\w/-]+)/([^/']+)'", text):
         group, name = choice.groups()
         options = re.findall(r"^\t(\S+)$", text, flags=re.MULTILINE)
         return f"{group}={name} does not exist.{nearest(name, options)}"
+    if choice := re.search(r"Could not load '([\w/-]+)/([^/']+)'", text):  # one of several
+        from clpeft.catalogue import catalogue
+
+        group, name = choice.groups()
+        options = [option.name for option in catalogue().get(group, [])]
+        return f"{group}={name} does not exist.{nearest(name, options)}"
     if override := re.search(r"Error merging override (\S+)", text):
-        reason = str(cause or text).splitlines()[0].rstrip(".")
-        return f"{override.group(1)} is of the wrong type: {reason}."
+        return _wrong_type(override.group(1), cause or error)
+    if "Config group override must be" in text:
+        return (
+            "A config group takes the name of one of its options (`clpeft list` shows them), such "
+            "as model=tiny_llama, or several of them, as in strategy=[ewc,replay]."
+        )
+    if "Unexpected type for root: NoneType" in text:
+        return (
+            "A setting is given inside a part of the config that is null here, as model.warmup is "
+            "where a model is not built but loaded; leave it out."
+        )
     if isinstance(error, OmegaConfBaseException) or type(error).__module__.startswith("hydra."):
         lines = [line.strip().rstrip(".") for line in text.splitlines() if line.strip()]
         key = re.search(r"full_key: (\S+)", text)
@@ -219,6 +259,10 @@ def explain(error: Exception) -> str | None:
         told = [line for line in lines if not re.match(r"(full_key|object_type|reference)", line)]
         return "; ".join(told) + where + "."
     return None
+
+
+def _wrong_type(given: str, error: Exception) -> str:
+    return f"{given} is of the wrong type: {str(error).splitlines()[0].rstrip('.')}."
 
 
 def _unknown_key(key: str) -> str:

@@ -35,6 +35,12 @@ def at_least(minimum: float, **default: Any) -> Any:
     return field(**{"default": MISSING, **default}, metadata={"minimum": minimum})
 
 
+def between(minimum: float, maximum: float, **default: Any) -> Any:
+    """A dataclass field that must hold a number from `minimum` to `maximum`."""
+    limits = {"minimum": minimum, "maximum": maximum}
+    return field(**{"default": MISSING, **default}, metadata=limits)
+
+
 @dataclass
 class WarmupConfig:
     """The short language-model training that gives a generated model something to adapt."""
@@ -82,7 +88,9 @@ class OptimizerConfig:
     name: str = one_of("adamw", "adam", "sgd")
     lr: float = at_least(0)
     weight_decay: float = at_least(0, default=0.0)
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    betas: list[float] = field(
+        default_factory=lambda: [0.9, 0.999], metadata={"minimum": 0, "maximum": 0.9999999}
+    )
     eps: float = at_least(0, default=1e-8)
     momentum: float = at_least(0, default=0.0)
 
@@ -92,7 +100,7 @@ class SchedulerConfig:
     """The course of the learning rate over one task's steps."""
 
     name: str = one_of("constant", "linear", "cosine")
-    warmup_ratio: float = at_least(0, default=0.0)  # share of a task's steps
+    warmup_ratio: float = between(0, 1, default=0.0)  # share of a task's steps
 
 
 @dataclass
@@ -109,9 +117,11 @@ class TrainingConfig:
 
     batch_size: int = at_least(1)  # examples per micro-batch, over all processes
     epochs: int = at_least(1)
-    max_steps: int | None = None  # optimizer steps per task; goes before epochs
+    max_steps: int | None = at_least(
+        1, default=None
+    )  # optimizer steps per task; goes before epochs
     gradient_accumulation: int = at_least(1)  # micro-batches per optimizer step
-    max_grad_norm: float | None = None
+    max_grad_norm: float | None = at_least(0, default=None)
     precision: str = one_of("no", "bf16", "fp16")
     gradient_checkpointing: bool = MISSING
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -173,7 +183,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
-    seed: int = 0
+    seed: int = between(0, 2**32 - 1, default=0)  # what numpy takes
     force: bool = False
 
 

@@ -27,7 +27,9 @@ def resume_directory(directory: Path) -> float | None:
     """What `clpeft resume` does: continues a run with the config frozen in its directory."""
     if not (directory / "config.yaml").is_file():
         raise ConfigError(f"{directory} holds no config.yaml, so it is not a run's directory.")
-    return launch(OmegaConf.load(directory / "config.yaml"), directory)  # type: ignore[arg-type]
+    composed: DictConfig = OmegaConf.load(directory / "config.yaml")  # type: ignore[assignment]
+    composed.force = False  # which started the run afresh; continuing it must not
+    return launch(composed, directory)
 
 
 def launch(composed: DictConfig, directory: Path) -> float | None:

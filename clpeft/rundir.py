@@ -52,9 +52,16 @@ class RunDirectory:
             shutil.rmtree(item) if item.is_dir() else item.unlink()
 
     def discard_if_empty(self) -> None:
-        """Removes the directory that Hydra made for a run that was refused."""
-        if self.path.is_dir() and not any(self.path.iterdir()):
-            self.path.rmdir()
+        """Removes the directory that Hydra made for a run that was refused, and those around it.
+
+        A run lies in `<output_dir>/<stream>/`; both go too if nothing else is in them.
+        """
+        here = Path.cwd().resolve()
+        for folder in (self.path, *self.path.parents[:2]):
+            inside = here.is_relative_to(folder.resolve())
+            if inside or not folder.is_dir() or any(folder.iterdir()):
+                return
+            folder.rmdir()
 
     def freeze(self, composed: DictConfig) -> None:
         """Writes config.yaml, resolved, when the run is created."""

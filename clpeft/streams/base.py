@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from clpeft.config import ConfigError, at_least, nearest, one_of
+from clpeft.config import ConfigError, at_least, between, nearest, one_of
 from clpeft.registry import STREAMS
 from clpeft.streams.prompts import PromptForm, prompt_form
 
@@ -46,7 +46,9 @@ class StreamConfig:
     max_length: int = at_least(8)  # tokens, prompt and answer together; only the input is cut
     names_task: bool = False  # whether the prompt begins with the task's name
     allow_overlap: bool = False  # splits that share content: a warning rather than an error
-    chance: float | None = None  # declared chance level; null: the untrained model's score
+    chance: float | None = between(
+        0, 1, default=None
+    )  # declared chance level; null: the untrained model's score
 
 
 @dataclass(frozen=True)
