@@ -53,12 +53,12 @@ def run_experiment(config: Config, composed: DictConfig, directory: Path) -> dic
     given = any(s.needs_task_id_at_eval for s in run.strategies)
     evaluator = Evaluator(run, task_id_given=given or config.stream.scenario == "task")
     loop = Loop(run, evaluator, observers, checkpoints, Cost())
-    for strategy in run.strategies:
-        strategy.setup(run)
-    if saved is not None:
-        restore(loop, saved)
     exit_code, results = 1, None
     try:
+        for strategy in run.strategies:
+            strategy.setup(run)
+        if saved is not None:
+            restore(loop, saved)
         observers.on_run_start(describe(run, composed))
         loop.train()
         results = collect(loop, composed)
