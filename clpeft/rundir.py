@@ -122,13 +122,19 @@ def versions() -> dict[str, str]:
 def git_commit() -> str | None:
     """The commit of clpeft's own source; None where it was installed from a wheel."""
     source = Path(__file__).resolve().parent
-    found = subprocess.run(
-        ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return found.stdout.strip() or None if found.returncode == 0 else None
+    # a wheel may lie inside a repository that is not ours
+    if _git(source, "ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return None
+    return _git(source, "describe", "--always", "--dirty", "--abbrev=40")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    command = ["git", "-C", str(folder), *arguments]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no git on this machine
+        return None
+    return found.stdout.strip() if found.returncode == 0 else None
 
 
 def _read(path: Path) -> dict[str, Any]:
