@@ -70,6 +70,9 @@ def load_tokenizer(config: ModelConfig, source: str) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
+    base = _adapted_base(source)
+    if base is not None and not (Path(source) / "tokenizer_config.json").is_file():
+        source = base
     tokenizer = _loaded(AutoTokenizer, source, config)
     if tokenizer.pad_token is None:
         # padding is masked everywhere, so that any token will do; the usual one is end-of-text
@@ -101,8 +104,7 @@ def load_model(
         AutoModelForSequenceClassification,
     )
 
-    adapter = Path(source) / "adapter_config.json"
-    base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else None
+    base = _adapted_base(source)
     options: dict[str, Any] = {"dtype": _dtype(config.dtype), "output_loading_info": True}
     if config.attention is not None:
         options["attn_implementation"] = config.attention
@@ -152,6 +154,14 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
         sum(p.numel() for p in parameters),
         sum(p.numel() for p in parameters if p.requires_grad),
     )
+
+
+def _adapted_base(source: str) -> str | None:
+    """The base model of an adapter's folder; None where the source is none."""
+    adapter = Path(source) / "adapter_config.json"
+    if not adapter.is_file():
+        return None
+    return str(json.loads(adapter.read_text())["base_model_name_or_path"])
 
 
 def _dtype(name: str) -> torch.dtype | str:

@@ -68,7 +68,7 @@ def find_targets(model: nn.Module, target: str | list[str]) -> list[str]:
     for name in names:
         if not any(path == name or path.endswith(f".{name}") for path in paths):
             raise ConfigError(
-                f"peft.target names '{name}', which no module of {type(model).__name__} is called; "
-                f"its linear layers are {', '.join(sorted(present))}.{nearest(name, present)}"
+                f"peft.target names '{name}', which no module of {type(model).__name__} is called."
+                f"{nearest(name, present)}"
             )
     return names

@@ -47,6 +47,7 @@ def apply_lora(
         ConfigError: If no module of the model matches `config.target`.
     """
     from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
 
     new = [path for path in new if not HEADS & set(path.split("."))]
     return get_peft_model(
@@ -62,5 +63,6 @@ def apply_lora(
             use_dora=config.use_dora,
             modules_to_save=[*(config.modules_to_save or []), *new] or None,
             exclude_modules=new or None,
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         ),
     )
