@@ -1,0 +1,143 @@
+"""Loading models from folders: sources, heads, adapters that are there already."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoTokenizer
+
+from clpeft.config import ConfigError, ModelConfig
+from clpeft.models.load import check_model, count_parameters, load_model, load_tokenizer
+from clpeft.peft_methods.base import apply_peft
+from clpeft.peft_methods.lora import LoraSettings
+from tests.running import Outcome, run_it
+
+
+def config(path: Path | str | None, task_type: str = "causal_lm", **more: Any) -> ModelConfig:
+    where = None if path is None else str(path)
+    return ModelConfig(name="mine", task_type=task_type, path=where, **more)
+
+
+@pytest.fixture
+def llama(bases: Callable[[str], Path]) -> tuple[ModelConfig, str, Any]:
+    """A tiny decoder's settings, folder and tokenizer."""
+    folder = bases("tiny_llama")
+    return config(folder), str(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def test_language_model_has_no_new_weights(llama: Any) -> None:
+    model, new = load_model(*llama, labels=4)
+
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert new == []
+    assert model.config.pad_token_id == llama[2].pad_token_id
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_classifier_has_a_new_head_and_says_what_else_is_new(
+    bases: Callable[[str], Path],
+) -> None:
+    folder = bases("tiny_bert")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(0)
+    model, new = load_model(
+        config(folder, "sequence_classification"), str(folder), tokenizer, labels=7
+    )
+
+    assert model.classifier.out_features == 7
+    assert new == ["bert.pooler.dense", "classifier"]
+
+
+def test_weights_in_another_number_format(llama: Any) -> None:
+    model, _ = load_model(config(llama[1], dtype="bfloat16"), llama[1], llama[2], labels=4)
+
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_attention_can_be_chosen(llama: Any) -> None:
+    model, _ = load_model(config(llama[1], attention="eager"), llama[1], llama[2], labels=4)
+
+    assert model.config._attn_implementation == "eager"
+
+
+def test_tokenizer_without_padding_pads_with_its_end(llama: Any, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama[1])
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+
+    assert AutoTokenizer.from_pretrained(tmp_path).pad_token is None
+    assert load_tokenizer(config(tmp_path), str(tmp_path)).pad_token == "</s>"
+
+
+def test_adapter_that_is_there_is_gone_on_with(llama: Any, tmp_path: Path) -> None:
+    from clpeft.peft_methods.lora import apply_lora
+
+    settings = LoraSettings(method="lora", r=2, alpha=4, dropout=0.0, target="auto", bias="none")
+    base, _ = load_model(*llama, labels=4)
+    made = apply_lora(base, settings, "causal_lm", [])
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.25)
+    made.save_pretrained(tmp_path)
+    llama[2].save_pretrained(tmp_path)
+
+    check_model(config(tmp_path))
+    model, _ = load_model(config(tmp_path), str(tmp_path), llama[2], labels=4)
+    model = apply_peft(model, settings, "causal_lm", [])
+
+    assert isinstance(model, PeftModel)
+    assert not any(
+        isinstance(module, PeftModel) for module in model.modules() if module is not model
+    )
+    adapter = {n: p for n, p in model.named_parameters() if "lora" in n}
+    assert len(adapter) == 8
+    assert all(parameter.requires_grad for parameter in adapter.values())
+    assert all((p == 0.25).all() for n, p in adapter.items() if "lora_B" in n)
+    assert count_parameters(model)[1] == sum(p.numel() for p in adapter.values())
+
+
+def test_run_goes_on_from_the_adapter_of_another(
+    finished: Callable[..., Outcome], tiny: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    (folder,) = (finished("finetune").directory / "adapters").glob("3_*")
+    short = ("stream.num_tasks=2", "evaluation.ahead=false")
+    overrides = [o for o in tiny("finetune", *short) if not o.startswith("model.path=")]
+
+    outcome = run_it([*overrides, f"model.path={folder}"], tmp_path / "run")
+
+    for name, parameter in finished("finetune").trainable.items():
+        assert torch.equal(outcome.before[name], parameter)
+        assert not torch.equal(outcome.trainable[name], parameter)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"path": "/no/such"}, "model.path=/no/such is not a folder"),
+        ({"path": "/"}, "model.path=/ holds neither config.json nor adapter_config.json"),
+        ({"path": None}, "model=mine says nowhere what to load"),
+    ],
+)
+def test_sources_that_are_none(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        check_model(config(**settings))
+
+
+def test_folder_with_a_broken_model_is_named(tmp_path: Path, llama: Any) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+
+    with pytest.raises(ConfigError, match=f"could not load model=mine from model.path={tmp_path}"):
+        load_model(config(tmp_path), str(tmp_path), llama[2], labels=4)
+
+
+def test_counts() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2, bias=False))
+    model[1].requires_grad_(False)
+
+    assert count_parameters(model) == (3 * 4 + 4 + 4 * 2, 3 * 4 + 4)
