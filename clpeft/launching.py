@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import warnings
 from pathlib import Path
@@ -71,6 +72,10 @@ def launch(composed: DictConfig, directory: Path) -> float | None:
                 from clpeft.experiment import run_experiment  # slow to import: after the checks
 
                 quiet_libraries()
+                # What the libraries hold stays for good. Left to the collector, it is gone through
+                # at the end of every task, a quarter of a second each time.
+                gc.collect()
+                gc.freeze()
                 results = run_experiment(config, composed, directory)
                 record.write_results(results)
     return results["metrics"].get("average_accuracy")

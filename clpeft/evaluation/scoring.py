@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from clpeft.models.objective import IGNORED, shift_right
+from clpeft.models.objective import (
+    IGNORED,
+    beneath_adapter,
+    shift_right,
+    takes_logits_to_keep,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,8 +49,7 @@ def causal_scorer(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Score
     That is not so where distance is not told by position ids (ALiBi), where layers carry a state
     from token to token, or beyond the span of local attention, which a mask of ours would widen.
     """
-    wrapped = "get_base_model" in dir(model)
-    base: Any = model.get_base_model() if wrapped else model  # type: ignore[operator]
+    base = beneath_adapter(model)
     accepts = inspect.signature(base.forward).parameters
     implementation = str(base.config._attn_implementation)
     described = base.config.get_text_config().to_dict()
@@ -60,7 +64,7 @@ def causal_scorer(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Score
         and not learns_prompts
     )
     span = min((described[name] for name in SPANS if described.get(name)), default=math.inf)
-    keeps = "logits_to_keep" in accepts
+    keeps = takes_logits_to_keep(model)
     pad = int(tokenizer.pad_token_id)
 
     def score(prompts: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]]) -> Tensor:

@@ -192,7 +192,7 @@ def _language_model_inputs(
     if model.config.is_encoder_decoder:
         # prefix language modelling (Raffel et al. 2020, §3.2): the rest follows from the beginning
         cut = block.shape[1] // 2
-        return {"input_ids": block[:, :cut], "labels": block[:, cut:]}
+        return {"input_ids": block[:, :cut], "labels": block[:, cut:].contiguous()}
     if type(model).__name__.endswith("ForMaskedLM"):
         masked = torch.rand(block.shape, generator=generator) < MASKED_SHARE
         return {

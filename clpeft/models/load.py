@@ -16,6 +16,7 @@ from clpeft.models.objective import (
     ClassificationObjective,
     Objective,
     Seq2SeqObjective,
+    takes_logits_to_keep,
 )
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def make_objective(
     if config.task_type == "sequence_classification":
         return ClassificationObjective(allowed)
     if config.task_type == "causal_lm":
-        return CausalObjective()
+        return CausalObjective(takes_logits_to_keep(model))
     start = model.config.decoder_start_token_id  # type: ignore[union-attr]
     return Seq2SeqObjective(start, tokenizer.pad_token_id)  # type: ignore[arg-type]
 

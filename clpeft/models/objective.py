@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,16 @@ if TYPE_CHECKING:
     from clpeft.streams.batching import Batch
 
 IGNORED = -100
+
+
+def beneath_adapter(model: nn.Module) -> Any:
+    """The transformers model itself, whether PEFT wraps it or not."""
+    return model.get_base_model() if "get_base_model" in dir(model) else model  # type: ignore[operator]
+
+
+def takes_logits_to_keep(model: nn.Module) -> bool:
+    """Whether a model can be asked for the logits of the last positions only."""
+    return "logits_to_keep" in inspect.signature(beneath_adapter(model).forward).parameters
 
 
 def shift_right(labels: Tensor, start: int, pad: int) -> Tensor:
@@ -87,12 +98,30 @@ class ClassificationObjective(Objective):
 
 
 class CausalObjective(Objective):
-    """Next-token prediction over the answer only."""
+    """Next-token prediction over the answer only.
+
+    Args:
+        keeps_logits: Whether the model takes `logits_to_keep`; the vocabulary's logits of the
+            prompt, most of a step's memory and much of its time, are then never computed.
+    """
+
+    def __init__(self, keeps_logits: bool = False) -> None:
+        self.keeps_logits = keeps_logits
+
+    def forward(self, model: nn.Module, batch: Batch) -> Any:
+        if not self.keeps_logits:
+            return model(**batch.inputs)
+        # one more than the targets' columns: position t predicts token t+1
+        return model(**batch.inputs, logits_to_keep=batch.target_width + 1)
 
     def _targets(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        # position t predicts token t+1; the last position predicts nothing
-        labels = F.pad(batch.labels, (0, 1), value=IGNORED)[:, 1:].contiguous()
-        return outputs.logits.float(), labels
+        # the last position predicts nothing
+        labels = F.pad(batch.labels, (0, 1), value=IGNORED)[:, 1:]
+        logits = outputs.logits.float()
+        # of one length from the right: a model may keep fewer logits, or have read prompts of
+        # its own before the text
+        kept = min(logits.shape[1], labels.shape[1])
+        return logits[:, -kept:], labels[:, -kept:].contiguous()
 
 
 class Seq2SeqObjective(Objective):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,25 +45,37 @@ class Batch:
         return len(self.task_ids)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The batch on a device."""
-        return Batch(
+        """The batch on a device; counts its targets before, so that nobody waits for a GPU."""
+        moved = Batch(
             {name: x.to(device, non_blocking=non_blocking) for name, x in self.inputs.items()},
             self.labels.to(device, non_blocking=non_blocking),
             self.task_ids.to(device, non_blocking=non_blocking),
             self.example_ids.to(device, non_blocking=non_blocking),
         )
+        return moved._counted(self.num_targets, self.target_width)
 
-    @property
+    def _counted(self, num_targets: int, target_width: int) -> Batch:
+        vars(self).update(num_targets=num_targets, target_width=target_width)
+        return self
+
+    @cached_property
     def num_targets(self) -> int:
         """What the loss is averaged over: examples, or tokens that are to be predicted.
 
-        To be asked before the batch moves to a GPU, which it would otherwise wait for. A causal
-        model predicts nothing at position 0, and no answer begins there, so that the shift of the
-        labels leaves the number as it is.
+        A causal model predicts nothing at position 0, and no answer begins there, so that the
+        shift of the labels leaves the number as it is.
         """
         if self.labels.dim() == 1:
             return len(self.labels)
         return int((self.labels != IGNORED).sum())
+
+    @cached_property
+    def target_width(self) -> int:
+        """Columns of the labels from the first that holds a target in any row to the last one."""
+        if self.labels.dim() == 1:
+            return 0
+        used = (self.labels != IGNORED).any(dim=0)
+        return used.shape[0] - int(used.int().argmax()) if used.any() else 0
 
 
 def concatenate(batches: Sequence[Batch], pad_token_id: int) -> Batch:
@@ -76,6 +89,11 @@ def concatenate(batches: Sequence[Batch], pad_token_id: int) -> Batch:
     Returns:
         The examples in the order given.
     """
+    width = max(batch.labels.shape[-1] for batch in batches)
+    target_width = max(
+        batch.target_width + width - batch.labels.shape[-1] if batch.target_width else 0
+        for batch in batches
+    )
     return Batch(
         {
             name: _stack(
@@ -87,7 +105,7 @@ def concatenate(batches: Sequence[Batch], pad_token_id: int) -> Batch:
         _stack([batch.labels for batch in batches], IGNORED),
         torch.cat([batch.task_ids for batch in batches]),
         torch.cat([batch.example_ids for batch in batches]),
-    )
+    )._counted(sum(batch.num_targets for batch in batches), target_width)
 
 
 def _stack(tensors: Sequence[Tensor], fill: int) -> Tensor:

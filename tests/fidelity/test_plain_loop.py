@@ -40,16 +40,20 @@ def padded(rows: list[list[int]], value: int) -> Tensor:
     return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
 
 
-def causal_inputs(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+def causal_inputs(examples: list[dict[str, Any]]) -> dict[str, Any]:
     ids = [example["input_ids"] for example in examples]
     answers = [
         [-100] * example["prompt_length"] + example["input_ids"][example["prompt_length"] :]
         for example in examples
     ]
+    # logits of the prompts are not computed: products of other shapes round differently
+    labels = padded(answers, -100)
+    kept = labels.shape[1] - min(example["prompt_length"] for example in examples) + 1
     return {
         "input_ids": padded(ids, 0),
         "attention_mask": padded([[1] * len(row) for row in ids], 0),
-        "labels": padded(answers, -100),
+        "labels": labels[:, -kept:],
+        "logits_to_keep": kept,
     }
 
 
