@@ -36,11 +36,11 @@ demo: $(RUN) ## install, compare seven strategies on the generated stream, write
 
 .PHONY: tune
 tune: $(RUN) ## the sweeps behind the toy defaults, scored on validation data, and their report
-	$(BIN)/clpeft -m experiment=tune strategy=finetune optimizer.lr=5e-4,1e-3,2e-3 seed=0,1
-	$(BIN)/clpeft -m experiment=tune strategy=ewc strategies.ewc.lambda_=0.3,1,3,10 seed=0,1
+	$(BIN)/clpeft -m experiment=tune strategy=finetune optimizer.lr=1e-3,1.5e-3,2e-3 seed=0,1
+	$(BIN)/clpeft -m experiment=tune strategy=ewc strategies.ewc.lambda_=1,3,10 seed=0,1
 	$(BIN)/clpeft -m experiment=tune strategy=replay strategies.replay.ratio=0.5,1 seed=0,1
 	$(BIN)/clpeft -m experiment=tune strategy=agem strategies.agem.reference_size=16,64 seed=0,1
-	$(BIN)/clpeft -m experiment=tune strategy=olora strategies.olora.lambda1=0.02,0.1,0.5 seed=0,1
+	$(BIN)/clpeft -m experiment=tune strategy=olora strategies.olora.lambda1=0.1,0.5,2 seed=0,1
 	$(BIN)/clpeft report outputs/tune
 
 .PHONY: test test-quick

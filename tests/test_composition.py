@@ -163,7 +163,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
         "has no post office 'ashfort'. Did you mean 'ashford'",
     ),
     "a task twice": (("stream.tasks=[ashford,ashford]",), "lists the task 'ashford' twice"),
-    "more tasks than there are": (("stream.num_tasks=73",), "there are only 72 post offices"),
+    "more tasks than there are": (("stream.num_tasks=97",), "there are only 96 post offices"),
     "an order that a stream does not have": (("stream.order=order1",), "has no published orders"),
     "no such model folder": (("model.path=/no/such",), "model.path=/no/such is not a folder"),
     "a folder that holds no model": (("model.path=/",), "holds neither config.json nor"),

@@ -1,11 +1,12 @@
 """The toy stream: a generated language whose tasks a small model learns, and forgets, in seconds.
 
-Post offices sort letters onto the same four desks, each office by its own rule. Every sentence
-names its office and tells the sender's mood, the weather and the goods; a rule looks at one of the
-three and sends each of its four kinds to a desk. One model can serve all offices, because the text
-says which one it is; a model trained on one office after another unlearns the earlier rules. Every
-fourth office contradicts an earlier one outright: it looks at the same thing and sends every kind
-to another desk.
+Post offices sort letters onto the same four desks, each office by its own rule. Every letter names
+its office and what the office looks at, and tells the sender's trade and mood, the weather and the
+goods. A rule looks at one of these four and sends each of its four kinds to a desk, so that one and
+the same sentence goes to different desks in different offices. One model can serve all offices,
+because the letter says which one it is for; a model trained on one office after another unlearns
+the earlier rules. From the fifth office on, each contradicts an earlier one outright: it looks at
+the same thing and sends some kinds to other desks.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ SENTENCES = (
 class ToyConfig(StreamConfig):
     """A generated stream, for trying things out and for tests."""
 
-    num_tasks: int = at_least(1)  # up to 72, one per post office
+    num_tasks: int = at_least(1)  # up to 96, one per post office
     train_size: int = at_least(4)  # sentences per office
     validation_size: int = at_least(4)
     test_size: int = at_least(4)
@@ -107,7 +108,7 @@ def office_rule(index: int) -> Rule:
     """The rule of the office with some number in OFFICES; no two are alike.
 
     Args:
-        index: From 0 to 71.
+        index: From 0 to 95.
     """
     factor = tuple(FACTORS)[index % len(FACTORS)]
     first, second, third, fourth = _mappings()[index // len(FACTORS)]
@@ -184,10 +185,11 @@ class ToyStream(StreamBuilder):
 
 
 def toy_neutral_text(seed: int, count: int = 6000) -> list[str]:
-    """Texts in the toy language that name no office and tell nothing about who gets what.
+    """Texts in the toy language that tell nothing about any office's rule.
 
     They hold what a base model should know before it is adapted: which words are of one kind, how
-    to pick one thing out of a sentence and answer with its kind, and that desks exist.
+    to find the kind of what an office looks at, and that desks exist. Offices are named at random,
+    and no text that tells a kind names a desk.
 
     Args:
         seed: Of the words chosen.

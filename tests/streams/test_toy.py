@@ -26,17 +26,17 @@ def test_every_word_is_of_one_kind_only() -> None:
     assert len({len(words) for kinds in FACTORS.values() for words in kinds.values()}) == 1
 
 
-def test_rules_are_all_different_and_every_fourth_contradicts_an_earlier_one() -> None:
+def test_rules_are_all_different_and_the_fifth_contradicts_the_first() -> None:
     rules = [office_rule(index) for index in range(len(OFFICES))]
-    assert len(set(OFFICES)) == 72
-    assert len({(rule.factor, rule.desks) for rule in rules}) == 72
-    assert [rule.factor for rule in rules[:4]] == ["mood", "weather", "goods", "mood"]
-    assert rules[0].desks == (0, 1, 2, 3)
-    assert rules[3].desks == (0, 1, 3, 2)
+    assert len(set(OFFICES)) == 96
+    assert len({(rule.factor, rule.desks) for rule in rules}) == 96
+    assert [rule.factor for rule in rules[:5]] == ["mood", "weather", "goods", "sender", "mood"]
+    assert {rule.desks for rule in rules[:4]} == {(0, 1, 2, 3)}
+    assert rules[4].desks == (0, 1, 3, 2)
     for rule in rules:
         assert sorted(rule.desks) == [0, 1, 2, 3]
     # six swaps of two desks, then eight rotations of three, then nine that move all four
-    moved = [sum(i != desk for i, desk in enumerate(rule.desks)) for rule in rules[::3]]
+    moved = [sum(i != desk for i, desk in enumerate(rule.desks)) for rule in rules[::4]]
     assert moved == [0, *[2] * 6, *[3] * 8, *[4] * 9]
 
 
@@ -52,7 +52,8 @@ def test_every_sentence_goes_where_its_offices_rule_sends_it(
                 words = row["text"].split()
                 assert words[0] == task.name
                 told = dict(KIND_OF_WORD[word] for word in words if word in KIND_OF_WORD)
-                assert set(told) == {"mood", "weather", "goods"}
+                assert set(told) == {"mood", "weather", "goods", "sender"}
+                assert words[1:4] == ["office", "by", rule.factor]
                 kinds = list(FACTORS[rule.factor])
                 assert row["label"] == rule.desks[kinds.index(told[rule.factor])]
 
@@ -84,7 +85,7 @@ def test_no_sentence_is_in_two_splits_and_all_are_short(
         for text in split["text"]
     ]
     assert len(set(texts)) == len(texts) == 3 * (800 + 12 + 200)
-    assert {len(text.split()) for text in texts} <= set(range(15, 26))
+    assert {len(text.split()) for text in texts} <= set(range(13, 22))
     assert len({word for text in stream.training_text() for word in text.split()}) < 300
 
 
@@ -109,7 +110,7 @@ def test_class_scenario_gives_every_office_its_own_desks(
 
 def test_as_many_tasks_as_offices(toy_config: Callable[..., ToyConfig]) -> None:
     stream = build_stream(
-        toy_config(num_tasks=72, train_size=8, validation_size=4, test_size=4), data_dir=None
+        toy_config(num_tasks=96, train_size=8, validation_size=4, test_size=4), data_dir=None
     )
     assert [task.name for task in stream.tasks] == list(OFFICES)
 
@@ -117,7 +118,7 @@ def test_as_many_tasks_as_offices(toy_config: Callable[..., ToyConfig]) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_tasks": 73}, "num_tasks is 73, but there are only 72 post offices"),
+        ({"num_tasks": 97}, "num_tasks is 97, but there are only 96 post offices"),
         ({"tasks": ["ashfort"]}, r"no post office 'ashfort'. Did you mean 'ashford'"),
         ({"order": "order1"}, "stream.order=order1 means nothing there"),
     ],
@@ -135,28 +136,40 @@ def test_what_does_not_exist_is_told(
 def test_neutral_text_reveals_no_rule() -> None:
     texts = toy_neutral_text(0)
     assert texts == toy_neutral_text(0) != toy_neutral_text(1)
-    desks = Counter()
+    desks, together = Counter(), Counter()
     for text in texts:
-        words = set(text.split())
-        assert not words & set(OFFICES)
-        if words & set(DESKS):
-            # whatever names a desk tells neither mood nor weather nor goods
-            assert not words & set(KIND_OF_WORD)
-            desks[text.split()[-1]] += 1
-    assert set(desks) == set(DESKS)
-    expected = sum(desks.values()) / 4
-    assert expected > 100
-    # independent draws: five standard deviations of a binomial count
-    assert all(abs(count - expected) < 5 * (expected * 3 / 4) ** 0.5 for count in desks.values())
+        words = text.split()
+        if set(words) & set(DESKS):
+            # whatever names a desk tells no office and none of what rules look at
+            assert not set(words) & (set(OFFICES) | set(KIND_OF_WORD))
+            desks[words[-1]] += 1
+        for office in set(words) & set(OFFICES):
+            together[office, words[words.index("by") + 1]] += 1
+    for counts, cells in ((desks, 4), (together, 96 * 4)):
+        assert len(counts) == cells
+        expected = sum(counts.values()) / cells
+        # independent draws: five standard deviations of a binomial count
+        assert all(abs(n - expected) < 5 * expected**0.5 for n in counts.values())
+    assert sum(desks.values()) == 1000
 
 
 def test_neutral_questions_are_answered_rightly() -> None:
-    questions = [text for text in toy_neutral_text(0) if text.startswith("Which kind of")]
-    assert len(questions) > 1000
+    questions = [text for text in toy_neutral_text(0) if text.startswith("Which kind is told?")]
+    assert len(questions) == 4000
+    orders = Counter()
     for text in questions:
-        factor = text.split()[3]
-        told = dict(KIND_OF_WORD[word] for word in text.split() if word in KIND_OF_WORD)
+        words = text.replace("\n", " ").split()
+        factor = words[words.index("by") + 1]
+        told = dict(KIND_OF_WORD[word] for word in words if word in KIND_OF_WORD)
         assert text.endswith(f"Answer: {told[factor]}")
+        if "Option" in text:
+            options = text.split("Option: ")[1].split(" \n")[0].split(", ")
+            assert sorted(options) == sorted(FACTORS[factor])
+            orders[options.index(told[factor])] += 1
+    # half of them list options, and the answer is at no place more often than at others
+    listed = sum(orders.values())
+    assert abs(listed - 2000) < 5 * 1000**0.5
+    assert all(abs(count - listed / 4) < 5 * (listed * 3 / 16) ** 0.5 for count in orders.values())
 
 
 def test_neutral_text_knows_every_word_of_the_sentences(
@@ -165,4 +178,4 @@ def test_neutral_text_knows_every_word_of_the_sentences(
     neutral = {word for text in toy_neutral_text(0) for word in text.split()}
     (task,) = build_stream(toy_config(num_tasks=1), data_dir=None).tasks
     used = {word for text in task.train["text"] for word in text.split()}
-    assert used - neutral == {"ashford", "office"}
+    assert used <= neutral
