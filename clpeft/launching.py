@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import warnings
+from functools import cache
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -72,10 +73,7 @@ def launch(composed: DictConfig, directory: Path) -> float | None:
                 from clpeft.experiment import run_experiment  # slow to import: after the checks
 
                 quiet_libraries()
-                # What the libraries hold stays for good. Left to the collector, it is gone through
-                # at the end of every task, a quarter of a second each time.
-                gc.collect()
-                gc.freeze()
+                keep_libraries()
                 results = run_experiment(config, composed, directory)
                 record.write_results(results)
     return results["metrics"].get("average_accuracy")
@@ -89,6 +87,16 @@ def check_device(config: Config) -> None:
         raise ConfigError(
             "training.precision=fp16 needs a GPU and there is none here; use bf16 or no."
         )
+
+
+@cache
+def keep_libraries() -> None:
+    """Spares the garbage collector what the imported libraries hold, which stays for good.
+
+    Accelerate collects at the end of every task, and going through it takes a quarter of a second.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def quiet_libraries() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,9 +24,6 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     quiet_libraries()
     # most of the time that saving an adapter takes, and none of our business
     patch.setattr(PeftModel, "create_or_update_model_card", lambda self, folder: None)
-    # Accelerate collects garbage after every task; what is imported by now need not be looked at
-    gc.collect()
-    gc.freeze()
     base = tmp_path_factory.getbasetemp()
     # beside the other workers', where there are some: what one of them built, all can use
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"

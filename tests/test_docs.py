@@ -1,0 +1,65 @@
+"""What the documentation shows works as it is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def test_added_strategy_runs(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
+    code = blocks("docs/add_a_strategy.md", "python")
+    (preset,) = blocks("docs/add_a_strategy.md", "yaml")
+    package = tmp_path / "package"
+    metadata = package / "l2-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (package / "l2.py").write_text(code[0])
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: l2\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[clpeft.strategies]\nl2 = l2\n")
+    (package / "conf" / "strategy").mkdir(parents=True)
+    (package / "conf" / "strategy" / "l2.yaml").write_text(preset)
+    overrides = [o for o in tiny("finetune") if not o.startswith("strategy=")]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "clpeft", *overrides, "strategy=l2"),
+            f"hydra.searchpath=[file://{package / 'conf'}]",
+            f"paths.output_dir={tmp_path / 'outputs'}",
+        ],
+        env=os.environ | {"PYTHONPATH": str(package)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (history,) = (tmp_path / "outputs").rglob("history.jsonl")
+    steps = [json.loads(line) for line in history.read_text().splitlines()]
+    steps = [step for step in steps if step["event"] == "step"]
+    assert all("train/loss/l2" not in step for step in steps if step["task"] == 0)
+    terms = [step["train/loss/l2"] for step in steps if step["task"] == 1]
+    # it starts where the last task ended, and is then pulled away and back
+    assert terms[0] == 0.0
+    assert min(terms[1:]) > 0.0
+    assert {path.name for path in (history.parent / "checkpoints").iterdir()}
+    assert list(yaml.safe_load((history.parent / "config.yaml").read_text())["strategies"]) == [
+        "l2"
+    ]
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda path: path.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        assert target.startswith("http") or (page.parent / target).exists(), target
