@@ -68,11 +68,22 @@ def list_choices(group: Annotated[str | None, typer.Argument()] = None) -> None:
     sys.exit(show(group))
 
 
+def _unknown(word: str, commands: set[str]) -> int:
+    from clpeft.config import nearest
+
+    known = ", ".join(sorted(commands))
+    hint = nearest(word, sorted(commands))
+    typer.echo(f"clpeft: '{word}' is neither a command ({known}) nor KEY=VALUE.{hint}", err=True)
+    return 1
+
+
 def main() -> None:
     """Routes the command line: whatever does not begin with a command's name is a run."""
     commands = {command.name or command.callback.__name__ for command in app.registered_commands}  # type: ignore[union-attr]
     arguments = sys.argv[1:]
     if not arguments or arguments[0] not in commands | {"-h", "--help"}:
+        if arguments and arguments[0].isalpha():  # neither KEY=VALUE nor a flag
+            sys.exit(_unknown(arguments[0], commands))
         arguments = ["run", *arguments]
     app(arguments, prog_name="clpeft")
 

@@ -129,8 +129,12 @@ def _check_fields(node: Any, path: str) -> None:
 
 
 def _check_range(given: str, number: Any, limits: Mapping[str, Any]) -> None:
-    minimum, maximum = limits.get("minimum"), limits.get("maximum")
-    if number is None or minimum is None:
+    minimum, maximum, limit = (limits.get(name) for name in ("minimum", "maximum", "above"))
+    if number is None:
+        return
+    if limit is not None and not number > limit:
+        raise ConfigError(f"{given} is too small; it must be more than {limit}.")
+    if minimum is None:
         return
     # so turned that NaN is refused too
     if not number >= minimum:
@@ -167,6 +171,13 @@ def _check_combination(config: Config) -> None:
         raise ConfigError(
             f"{' and '.join(steppers)} cannot be combined: each replaces forward and backward; "
             f"choose one of them."
+        )
+    adders = [n for n, strategy in strategies.items() if defines(strategy, "loss_terms")]
+    lost = [name for name in adders if name not in steppers]
+    if steppers and lost:
+        raise ConfigError(
+            f"{steppers[0]} and {' and '.join(lost)} cannot be combined: {steppers[0]} replaces "
+            f"forward and backward, so a term that is added to the loss would be left out."
         )
     for strategy in strategies.values():
         strategy.check(config)

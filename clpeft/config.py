@@ -1,4 +1,4 @@
-"""The root schema, the resolvers, and the checks made before anything heavy is loaded."""
+"""The root schema, its field declarations, and the names and digests of a config."""
 
 from __future__ import annotations
 
@@ -33,6 +33,11 @@ def one_of(*options: str) -> Any:
 def at_least(minimum: float, **default: Any) -> Any:
     """A dataclass field that must hold a number no smaller than `minimum`."""
     return field(**{"default": MISSING, **default}, metadata={"minimum": minimum})
+
+
+def above(limit: float, **default: Any) -> Any:
+    """A dataclass field that must hold a number larger than `limit`."""
+    return field(**{"default": MISSING, **default}, metadata={"above": limit})
 
 
 def between(minimum: float, maximum: float, **default: Any) -> Any:
@@ -121,7 +126,7 @@ class TrainingConfig:
         1, default=None
     )  # optimizer steps per task; goes before epochs
     gradient_accumulation: int = at_least(1)  # micro-batches per optimizer step
-    max_grad_norm: float | None = at_least(0, default=None)
+    max_grad_norm: float | None = above(0, default=None)  # null: no clipping
     precision: str = one_of("no", "bf16", "fp16")
     gradient_checkpointing: bool = MISSING
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

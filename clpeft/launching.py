@@ -57,6 +57,7 @@ def launch(composed: DictConfig, directory: Path) -> float | None:
         check_model(config.model)
         check_stream(config.stream, config.paths.data_dir)
         check_device(config)
+        record.check_is_for(composed)
     except ConfigError:
         record.discard_if_empty()
         raise

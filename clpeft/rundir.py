@@ -20,9 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from clpeft.config import ConfigError, run_name
 
 log = logging.getLogger(__name__)
 
+# what a run writes, Hydra's own files among them
+LEFT_BY_A_RUN = (
+    *("config.yaml", "status.json", "results.json", "history.jsonl", "run.log"),
+    *("checkpoints", "adapters", "wandb", "tensorboard", ".hydra"),
+)
 PACKAGES = ("clpeft", "torch", "transformers", "peft", "accelerate", "datasets", "hydra-core")
 
 
@@ -46,10 +55,38 @@ class RunDirectory:
         """What results.json says; empty if the run is not completed."""
         return _read(self.path / "results.json")
 
+    @property
+    def name(self) -> str | None:
+        """The name of the run that it was created for; None if it was not created yet."""
+        frozen = self.path / "config.yaml"
+        if not frozen.is_file():
+            return None
+        try:
+            return run_name(OmegaConf.load(frozen))  # type: ignore[arg-type]
+        except (OSError, ValueError, KeyError, AttributeError, OmegaConfBaseException, YAMLError):
+            return "something that is no run"
+
+    def check_is_for(self, composed: DictConfig) -> None:
+        """Refuses a directory that holds another run, whose result or state would be taken over.
+
+        Raises:
+            ConfigError: If it does.
+        """
+        name, wanted = self.name, run_name(composed)
+        if name not in (None, wanted):
+            raise ConfigError(
+                f"{self.path} holds another run ({name}, not {wanted}); give this one a directory "
+                f"of its own, or leave hydra.run.dir and hydra.sweep.subdir to clpeft."
+            )
+
     def clear(self) -> None:
-        """Removes all that an earlier run left, so that the next one starts afresh."""
-        for item in self.path.iterdir():
-            shutil.rmtree(item) if item.is_dir() else item.unlink()
+        """Removes what an earlier run left, and nothing else, so that the next starts afresh."""
+        for name in LEFT_BY_A_RUN:
+            item = self.path / name
+            if item.is_dir():
+                shutil.rmtree(item)
+            else:
+                item.unlink(missing_ok=True)
 
     def discard_if_empty(self) -> None:
         """Removes the directory that Hydra made for a run that was refused, and those around it.

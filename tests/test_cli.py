@@ -130,6 +130,10 @@ def test_help_of_a_run_shows_groups_and_keys(clpeft: Callable[..., Answer]) -> N
         (["stream=standard_cl", "paths.data_dir=/no/such"], "which does not exist"),
         (["stream.tasks=[ashfort]"], "Did you mean 'ashford'"),
         (["training.epochs=0"], "training.epochs=0 is too small"),
+        (["training.max_grad_norm=0"], "max_grad_norm=0.0 is too small; it must be more than 0."),
+        (["peft.alpha=0"], "peft.alpha=0.0 is too small; it must be more than 0."),
+        (["strategy=replay", "strategies.replay.ratio=0"], "ratio=0.0 is too small"),
+        (["reprot", "outputs"], "'reprot' is neither a command"),
         (["evaluation.mode=guess"], "choose one of rank, generate"),
         (["model.path=/no/such"], "model.path=/no/such is not a folder"),
     ],
@@ -180,6 +184,36 @@ def test_resume_of_what_is_no_run(clpeft: Callable[..., Answer], tmp_path: Path)
 
 
 # Runs.
+
+
+def test_directory_of_another_run_is_refused(
+    clpeft: Callable[..., Answer], tiny: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    one = (*tiny("finetune", "stream.num_tasks=2"), "hydra.run.dir=mine")
+    assert clpeft(*one).code == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "mine").rglob("*")}
+
+    for other in ("seed=5", "force=true"):
+        answer = clpeft(*tiny("replay", "stream.num_tasks=2"), "hydra.run.dir=mine", other)
+        assert answer.code == 1
+        assert "mine holds another run (finetune-s0-" in answer.err
+        assert answer.err.count("\n") == 1
+    left = {path: path.stat().st_mtime_ns for path in (tmp_path / "mine").rglob("*")}
+    assert {path: left[path] for path in before} == before
+
+
+def test_force_removes_what_a_run_left_and_nothing_else(
+    clpeft: Callable[..., Answer], tiny: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    command = (*tiny("finetune", "stream.num_tasks=2"), "hydra.run.dir=mine")
+    assert clpeft(*command).code == 0
+    assert clpeft(*command, "force=true").code == 0
+
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
+    events = (tmp_path / "mine" / "history.jsonl").read_text().splitlines()
+    assert sum(json.loads(line)["event"] == "end" for line in events) == 1
 
 
 def test_the_same_command_twice(

@@ -1,7 +1,8 @@
 """Base models built here from their configuration, so that nothing needs a download.
 
-A tokenizer is trained on the stream's own training text, and the model is warmed up as a language
-model on text that belongs to no task: without that an adapter has no features to adapt.
+A tokenizer is trained on the stream's own training text and on text that belongs to no task, and
+the model is warmed up as a language model on the latter: without that an adapter has no features to
+adapt.
 """
 
 from __future__ import annotations

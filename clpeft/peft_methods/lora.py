@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from clpeft.config import at_least, between, one_of
+from clpeft.config import above, at_least, between, one_of
 from clpeft.models.targets import find_targets
 from clpeft.peft_methods.base import PEFT_TASK_TYPES, PeftMethodConfig
 from clpeft.registry import PEFT_METHODS
@@ -25,7 +25,7 @@ class LoraSettings(PeftMethodConfig):
     """Settings of LoRA."""
 
     r: int = at_least(1)
-    alpha: float = at_least(0)
+    alpha: float = above(0)
     dropout: float = between(0, 1)
     target: Any = MISSING  # auto (query and value), all-linear, or a list of module names
     bias: str = one_of("none", "all", "lora_only")

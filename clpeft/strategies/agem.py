@@ -67,7 +67,7 @@ class AGEM(Strategy):
     config: AGEMConfig
 
     def setup(self, run: Run) -> None:
-        self._memory = Memory(self.config.memory_size, run.config.seed)
+        self._memory = Memory(self.config.memory_size, run.generator_for("agem"))
 
     def transform_gradients(self, run: Run) -> Mapping[str, float | Tensor]:
         if not len(self._memory):

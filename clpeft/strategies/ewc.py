@@ -118,7 +118,7 @@ class EWC(Strategy):
 
     def setup(self, run: Run) -> None:
         self._anchors = Anchors.none(list(run.trainable.values()))
-        self._generator = torch.Generator().manual_seed(run.config.seed)
+        self._generator = run.generator_for("ewc")
         self._tasks = 0
 
     def transform_gradients(self, run: Run) -> Mapping[str, float | Tensor]:

@@ -20,13 +20,14 @@ class Memory:
 
     Args:
         capacity: Examples at most, over all tasks.
-        seed: Of what is kept and what is drawn.
+        generator: Decides what is kept and what is drawn; for the memory alone, so that two
+            memories side by side do not keep and draw the same examples.
     """
 
-    def __init__(self, capacity: int, seed: int) -> None:
+    def __init__(self, capacity: int, generator: torch.Generator) -> None:
         self.capacity = capacity
         self.seen = 0
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = generator
         self._examples: Dataset | None = None
         self._columns: Columns | None = None
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from clpeft.config import at_least
+from clpeft.config import above, at_least
 from clpeft.registry import STRATEGIES
 from clpeft.strategies.base import Strategy, StrategyConfig
 from clpeft.strategies.memory import Memory
@@ -25,14 +25,15 @@ class ReplayConfig(StrategyConfig):
     """Settings of replay."""
 
     memory_size: int = at_least(1)  # examples kept, over all tasks
-    ratio: float = at_least(0)  # memory examples per new example in a batch
+    ratio: float = above(0)  # memory examples per new example in a batch
 
 
 @STRATEGIES.register("replay", config=ReplayConfig)
 class Replay(Strategy):
     """Keeps a reservoir of all examples seen and adds `ratio` times a batch's size from it.
 
-    The loss is the mean over new and replayed examples alike.
+    The loss is the mean over the targets of new and replayed examples alike; where `ratio` makes a
+    fraction of an example, a later batch has one more.
 
     Source: Chaudhry et al. 2019, On Tiny Episodic Memories in Continual Learning; Rolnick et al.
         2019, Experience Replay for Continual Learning.
@@ -41,12 +42,17 @@ class Replay(Strategy):
     config: ReplayConfig
 
     def setup(self, run: Run) -> None:
-        self._memory = Memory(self.config.memory_size, run.config.seed)
+        self._memory = Memory(self.config.memory_size, run.generator_for("replay"))
         self._replayed = 0
+        self._owed = 0.0  # the part of an example that batches so far should have brought
 
     def transform_batch(self, run: Run, batch: Batch) -> Batch:
-        count = round(self.config.ratio * len(batch))
-        if not len(self._memory) or not count:
+        if not len(self._memory):
+            return batch
+        self._owed += self.config.ratio * len(batch)
+        count = int(self._owed)
+        self._owed -= count
+        if not count:
             return batch
         drawn = self._memory.draw(run, count)
         self._replayed += len(drawn)
@@ -60,8 +66,9 @@ class Replay(Strategy):
         self._memory.add(task.train)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"memory": self._memory.state_dict(), "replayed": self._replayed}
+        return {"memory": self._memory.state_dict(), "replayed": self._replayed, "owed": self._owed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._memory.load_state_dict(state["memory"])
         self._replayed = state["replayed"]
+        self._owed = state["owed"]

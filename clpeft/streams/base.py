@@ -244,10 +244,13 @@ class Stream:
         return [label for index in range(count) for label in self.global_labels(index)]
 
     def prompt(self, task: Task) -> PromptForm:
-        """The fixed words around a task's input when a language model is asked."""
+        """The fixed words around a task's input when a language model is asked.
+
+        Where the answers of all tasks compete none are listed: a list would tell the task.
+        """
         return prompt_form(
             task.instruction,
-            task.answer_words,
+            () if self.scenario == "class" else task.answer_words,
             task.input_template,
             task_name=task.name if self.config.names_task else None,
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from clpeft.config import ConfigError
 
 # A part of every cache key: to be raised whenever the same example would be shown differently.
-PROMPT_VERSION = 1
+PROMPT_VERSION = 2
 
 # The end of every prompt; an answer follows it after one blank.
 ANSWER = "Answer:"

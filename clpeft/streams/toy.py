@@ -231,7 +231,7 @@ def _new_letter(office: str, index: int, desk: int, known: set[str], generator: 
     """A sentence that an office's rule sends to a desk, and that was not written before."""
     rule = office_rule(index)
     kind = tuple(FACTORS[rule.factor])[rule.desks.index(desk)]
-    while True:  # there are millions of sentences, so a new one is soon found
+    while True:  # there are 200,000 for a desk of an office, so a new one is soon found
         sentence = generator.choice(SENTENCES).format(**_words(generator, {rule.factor: kind}))
         letter = _letter(office, rule.factor, sentence)
         if letter not in known:

@@ -34,6 +34,8 @@ def collect(loop: Loop, composed: DictConfig) -> dict[str, Any]:
     chance = [task.chance for task in tasks]
     setting = digest(composed, SETTING_KEYS)
     references = find_references(run.directory.parent, setting, config.seed)
+    for name in config.strategies:
+        references.pop(name, None)  # no run is its own reference
     metrics, undefined = compute_metrics(
         loop.matrix,
         chance=chance,
@@ -44,7 +46,7 @@ def collect(loop: Loop, composed: DictConfig) -> dict[str, Any]:
         "schema": SCHEMA,
         "name": run_name(composed),
         "stream": config.stream.name,
-        "order": config.stream.order,
+        "order": None if config.stream.tasks else config.stream.order,
         "scenario": config.stream.scenario,
         "model": config.model.name,
         "task_type": config.model.task_type,
@@ -97,7 +99,7 @@ def find_references(folder: Path, setting: str, seed: int) -> dict[str, list[flo
 
     Returns:
         `independent`: the diagonal of an independent run, S_i; `joint`: the last row of a joint
-        run. Each only where there is such a run.
+        run. Each only where there is exactly one such run.
     """
     found: dict[str, list[float]] = {}
     for name in ("independent", "joint"):
@@ -105,6 +107,9 @@ def find_references(folder: Path, setting: str, seed: int) -> dict[str, list[flo
             other = RunDirectory(path.parent).results
             if other.get("digests", {}).get("setting") != setting or other["strategies"] != [name]:
                 continue
+            if name in found:  # which of several to take is left to `clpeft report`
+                del found[name]
+                break
             matrix = other["matrix"]
             last = matrix[-1]
             diagonal = [row[i] for i, row in enumerate(matrix[1:])]

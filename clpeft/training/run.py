@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,6 +110,15 @@ class Run:
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
         )
+
+    def generator_for(self, owner: str) -> torch.Generator:
+        """A CPU generator for one user of random numbers, seeded by the run's seed and its name.
+
+        Args:
+            owner: The strategy's name, say; others draw other numbers.
+        """
+        seed = hashlib.sha256(f"{self.config.seed}/{owner}".encode()).digest()[:8]
+        return torch.Generator().manual_seed(int.from_bytes(seed, "big") >> 1)
 
     def batch(self, columns: Columns, indices: Sequence[int] | np.ndarray) -> Batch:
         """A batch of chosen examples, on the run's device."""

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 
-from clpeft.strategies.agem import project_conflicting
+from clpeft.strategies.agem import AGEM, AGEMConfig, project_conflicting
+from clpeft.streams.batching import Columns
+from clpeft.training.run import Run
 
 
 def test_conflict_is_projected_away() -> None:
@@ -84,3 +89,25 @@ def test_half_precision_gradients_keep_their_type() -> None:
 
     assert gradients[0].dtype == torch.bfloat16
     assert gradients[0].tolist() == [2.0, 2.0]
+
+
+def test_step_that_would_hurt_the_memory_is_turned(
+    regression: Callable[..., Run], examples: Callable[..., Dataset]
+) -> None:
+    # token 1 is x = 1; all logits 0, so p = 1/3 each
+    run = regression([0.0, 1.0], [0.0, 0.0, 0.0])
+    agem = AGEM(AGEMConfig(memory_size=4, reference_size=4))
+    agem.setup(run)
+    agem.after_task(run, SimpleNamespace(train=examples([[1]], labels=[1])))  # type: ignore[arg-type]
+    new = run.batch(Columns(examples([[1]], labels=[0])), [0])
+    (weight,) = run.trainable.values()
+    run.objective.total(run.objective.forward(run.model, new), new).backward()
+    expected = torch.tensor([-2 / 3, 1 / 3, 1 / 3])
+    assert torch.allclose(weight.grad, expected)  # type: ignore[arg-type]
+
+    logs = agem.transform_gradients(run)
+
+    # r = (1/3, −2/3, 1/3); g·r = −1/3, ‖r‖² = 2/3: g + r/2
+    assert torch.allclose(weight.grad, torch.tensor([-1 / 2, 0.0, 1 / 2]), atol=1e-6)  # type: ignore[arg-type]
+    assert float(logs["agem_projected"]) == 1.0
+    assert float(logs["agem_cosine"]) == pytest.approx(-1 / 2, rel=1e-6)

@@ -75,7 +75,7 @@ def identities(memory: Memory) -> list[tuple[int, int]]:
 
 
 def test_each_example_is_kept_once(examples: Examples) -> None:
-    memory = Memory(100, seed=0)
+    memory = Memory(100, torch.Generator().manual_seed(0))
     for task in range(2):
         memory.add(examples([[i, task] for i in range(6)], task=task))
 
@@ -84,7 +84,7 @@ def test_each_example_is_kept_once(examples: Examples) -> None:
 
 
 def test_contents_belong_to_their_examples(examples: Examples) -> None:
-    memory = Memory(7, seed=0)
+    memory = Memory(7, torch.Generator().manual_seed(0))
     for task in range(3):
         rows = [[10 * task + i] * (i + 1) for i in range(10)]
         memory.add(examples(rows, labels=[i % 4 for i in range(10)], task=task))
@@ -99,7 +99,7 @@ def test_contents_belong_to_their_examples(examples: Examples) -> None:
 
 
 def test_draw_has_no_example_twice(bigrams: Callable[..., Any], examples: Examples) -> None:
-    run, memory = bigrams(20), Memory(10, seed=0)
+    run, memory = bigrams(20), Memory(10, torch.Generator().manual_seed(0))
     memory.add(examples([[i, i] for i in range(10)], prompt_length=1))
 
     drawn = [memory.draw(run, 4).example_ids.tolist() for _ in range(30)]
@@ -111,7 +111,7 @@ def test_draw_has_no_example_twice(bigrams: Callable[..., Any], examples: Exampl
 
 
 def test_drawn_batch_is_padded_anew(bigrams: Callable[..., Any], examples: Examples) -> None:
-    run, memory = bigrams(20), Memory(10, seed=0)
+    run, memory = bigrams(20), Memory(10, torch.Generator().manual_seed(0))
     memory.add(examples([[5, 6, 7, 8], [5, 9]], prompt_length=1))
 
     batch = memory.draw(run, 2)
@@ -125,11 +125,11 @@ def test_drawn_batch_is_padded_anew(bigrams: Callable[..., Any], examples: Examp
 def test_state_goes_through_the_disk_bit_by_bit(
     bigrams: Callable[..., Any], examples: Examples, tmp_path: Path
 ) -> None:
-    run, memory = bigrams(200), Memory(8, seed=3)
+    run, memory = bigrams(200), Memory(8, torch.Generator().manual_seed(3))
     memory.add(examples([[i] * (1 + i % 3) for i in range(30)], prompt_length=1))
     memory.draw(run, 3)
     write_state(tmp_path / "state", memory.state_dict())
-    other = Memory(8, seed=99)
+    other = Memory(8, torch.Generator().manual_seed(99))
     other.load_state_dict(read_state(tmp_path / "state"))
 
     assert other.seen == 30
@@ -145,8 +145,8 @@ def test_state_goes_through_the_disk_bit_by_bit(
 
 
 def test_empty_state_goes_through_the_disk(tmp_path: Path) -> None:
-    write_state(tmp_path / "state", Memory(8, seed=3).state_dict())
-    other = Memory(8, seed=3)
+    write_state(tmp_path / "state", Memory(8, torch.Generator().manual_seed(3)).state_dict())
+    other = Memory(8, torch.Generator().manual_seed(3))
     other.load_state_dict(read_state(tmp_path / "state"))
 
     assert len(other) == 0

@@ -42,6 +42,17 @@ def test_orthogonality_pushes_on_the_new_rows() -> None:
     assert new.grad.tolist() == [[[1.0, 2.0]]]  # type: ignore[union-attr]
 
 
+def test_term_moves_the_weights(finished: Finished) -> None:
+    free = finished("olora", "strategies.olora.lambda1=0")
+    bound = finished("olora")
+
+    # the first task has nothing to be orthogonal to
+    for name, value in free.state(1)["trainable"].items():
+        assert torch.equal(value, bound.state(1)["trainable"][name])
+    last = free.trainable, bound.trainable
+    assert any(not torch.equal(last[0][name], last[1][name]) for name in last[0])
+
+
 def after_task(outcome: Outcome, overrides: list[str], tasks: int, directory: Path) -> Run:
     """A fresh run brought to where a finished one was after so many tasks."""
     _, config = compose(overrides)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from clpeft.strategies.agem import AGEM, AGEMConfig
 from clpeft.strategies.replay import Replay, ReplayConfig
 from clpeft.streams.batching import Columns
 
@@ -34,7 +35,7 @@ def batch(run: Any, examples: Callable[..., Any], size: int) -> Any:
     return run.batch(Columns(rows), np.arange(size))
 
 
-@pytest.mark.parametrize(("ratio", "replayed"), [(0.5, 4), (1.0, 8), (0.1, 1), (9.0, 10)])
+@pytest.mark.parametrize(("ratio", "replayed"), [(0.5, 4), (1.0, 8), (0.125, 1), (9.0, 10)])
 def test_memory_examples_follow_the_new_ones(
     replaying: Callable[..., Any], examples: Callable[..., Any], ratio: float, replayed: int
 ) -> None:
@@ -73,10 +74,29 @@ def test_without_a_memory_the_batch_is_left_alone(
     assert replay.transform_gradients(run) == {"replay/examples": 0}
 
 
-def test_ratio_of_zero_replays_nothing(
+def test_fractions_of_an_example_add_up(
     replaying: Callable[..., Any], examples: Callable[..., Any]
 ) -> None:
-    run, replay = replaying(0.0)
-    given = batch(run, examples, 4)
+    run, replay = replaying(0.125)
 
-    assert replay.transform_batch(run, given) is given
+    # half an example a batch of four: one with every second batch, also across a resume
+    sizes = [len(replay.transform_batch(run, batch(run, examples, 4))) for _ in range(5)]
+    state = replay.state_dict()
+    replay.setup(run)
+    replay.load_state_dict(state)
+    sizes += [len(replay.transform_batch(run, batch(run, examples, 4))) for _ in range(3)]
+
+    assert sizes == [4, 5, 4, 5, 4, 5, 4, 5]
+
+
+def test_two_strategies_draw_different_examples(
+    replaying: Callable[..., Any], examples: Callable[..., Any]
+) -> None:
+    run, replay = replaying(0.5)
+    agem = AGEM(AGEMConfig(memory_size=10, reference_size=8))
+    agem.setup(run)
+    rows = [[40 + i, 30, 31, 32, 33] for i in range(10)]
+    agem.after_task(run, SimpleNamespace(train=examples(rows, prompt_length=1, task=0)))  # type: ignore[arg-type]
+
+    drawn = [replay._memory.draw(run, 8).example_ids.tolist() for _ in range(5)]
+    assert drawn != [agem._memory.draw(run, 8).example_ids.tolist() for _ in range(5)]
