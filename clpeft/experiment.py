@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from clpeft.config import RESULT_KEYS, Config, digest, run_name
 from clpeft.evaluation.evaluator import Evaluator
 from clpeft.models.load import (
+    check_positions,
     count_parameters,
     load_model,
     load_tokenizer,
@@ -87,6 +88,7 @@ def build_run(config: Config, directory: Path) -> Run:
     model = apply_peft(model, config.peft, config.model.task_type, new)
     if config.training.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    check_positions(model, encoded.longest)
     model.to(accelerator.device)
     allowed = allowed_labels(encoded, 0).to(accelerator.device)
     objective = make_objective(config.model, model, tokenizer, allowed)

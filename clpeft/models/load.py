@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# what modules that hold a vector per position are called
+POSITIONS = {"position_embeddings", "embed_positions", "wpe"}
+
 
 def check_model(config: ModelConfig) -> None:
     """Checks what can be known of a model without loading it.
@@ -146,6 +149,29 @@ def make_objective(
         return CausalObjective(takes_logits_to_keep(model))
     start = model.config.decoder_start_token_id  # type: ignore[union-attr]
     return Seq2SeqObjective(start, tokenizer.pad_token_id)  # type: ignore[arg-type]
+
+
+def check_positions(model: torch.nn.Module, longest: int) -> None:
+    """Checks that a model which learned a vector per position has one for every token.
+
+    Args:
+        model: The model, adapted or not.
+        longest: Tokens of the longest example.
+
+    Raises:
+        ConfigError: If it has too few.
+    """
+    for path, module in model.named_modules():
+        if not isinstance(module, torch.nn.Embedding) or path.split(".")[-1] not in POSITIONS:
+            continue
+        # RoBERTa begins to count behind the padding's id
+        offset = 0 if module.padding_idx is None else module.padding_idx + 1
+        limit = module.num_embeddings - offset
+        if longest > limit:
+            raise ConfigError(
+                f"The longest example has {longest} tokens, but the model knows {limit} positions; "
+                f"set stream.max_length={limit} or less."
+            )
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:

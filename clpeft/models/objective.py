@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from clpeft.streams.batching import IGNORED
+
 if TYPE_CHECKING:
     from torch import nn
 
     from clpeft.streams.batching import Batch
-
-IGNORED = -100
 
 
 def beneath_adapter(model: nn.Module) -> Any:

@@ -16,6 +16,7 @@ import numpy as np
 
 from clpeft.config import ConfigError
 from clpeft.streams.base import SPLITS, Stream, Task
+from clpeft.streams.batching import Columns
 from clpeft.streams.prompts import ANSWER, PROMPT_VERSION, PromptForm, classifier_prefix
 
 if TYPE_CHECKING:
@@ -72,6 +73,12 @@ class EncodedStream:
     task_type: str
     tasks: tuple[EncodedTask, ...]
     answers: tuple[tuple[int, ...], ...]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest input of any split."""
+        splits = [task.split(name) for task in self.tasks for name in SPLITS]
+        return max(int(Columns(split).lengths.max(initial=0)) for split in splits)
 
 
 def encode_stream(

@@ -9,10 +9,16 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, GPT2Config, LlamaConfig, RobertaConfig
 
 from clpeft.config import ConfigError, ModelConfig
-from clpeft.models.load import check_model, count_parameters, load_model, load_tokenizer
+from clpeft.models.load import (
+    check_model,
+    check_positions,
+    count_parameters,
+    load_model,
+    load_tokenizer,
+)
 from clpeft.peft_methods.base import apply_peft
 from clpeft.peft_methods.lora import LoraSettings
 from tests.running import Outcome, run_it
@@ -141,3 +147,47 @@ def test_counts() -> None:
     model[1].requires_grad_(False)
 
     assert count_parameters(model) == (3 * 4 + 4 + 4 * 2, 3 * 4 + 4)
+
+
+@pytest.mark.parametrize(
+    ("config", "limit"),
+    [
+        (GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=16), 16),
+        # two of the table's rows are never reached: positions begin behind the padding's id, 1
+        (
+            RobertaConfig(
+                vocab_size=20,
+                hidden_size=8,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=8,
+                max_position_embeddings=18,
+            ),
+            16,
+        ),
+        (
+            LlamaConfig(
+                vocab_size=20,
+                hidden_size=8,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=8,
+                max_position_embeddings=16,
+            ),
+            None,
+        ),
+    ],
+    ids=["gpt2", "roberta", "llama"],
+)
+def test_texts_longer_than_learned_positions_are_refused(config: Any, limit: int | None) -> None:
+    model = AutoModel.from_config(config)
+
+    check_positions(model, 16)
+    assert model(torch.ones(1, 16, dtype=torch.long) * 3) is not None
+    if limit is None:  # rotary positions go on
+        check_positions(model, 17)
+        return
+    with pytest.raises(ConfigError, match=r"17 tokens, .* knows 16 positions; set stream.max_len"):
+        check_positions(model, 17)
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.ones(1, 17, dtype=torch.long) * 3)
