@@ -396,7 +396,10 @@ def _differences(
 def _cost(runs: Sequence[Run], baseline: Sequence[Run]) -> dict[str, float]:
     """Means over seeds, except the peak of memory, which is the highest of all."""
     cost: dict[str, float] = {}
-    for name in ("train_seconds", "evaluation_seconds", "total_seconds", "seconds_per_step"):
+    for name in (
+        *("train_seconds", "strategy_seconds", "evaluation_seconds", "total_seconds"),
+        "seconds_per_step",
+    ):
         values = [run.cost[name] for run in runs if run.cost.get(name) is not None]
         if values:
             cost[name] = _mean(values)

@@ -25,6 +25,7 @@ from clpeft.reports.runs import Collection
 
 COSTS = (
     "train_seconds",
+    "strategy_seconds",
     "evaluation_seconds",
     "total_seconds",
     "seconds_per_step",

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from clpeft.training.run import Run
 
 _PROCESS = Path("/proc/self")
@@ -22,7 +20,7 @@ class Cost:
     """Adds up the cost of a run over its processes' lives; saved in checkpoints."""
 
     def __init__(self) -> None:
-        self.seconds = {"train": 0.0, "evaluation": 0.0}
+        self.seconds = {"train": 0.0, "strategy": 0.0, "evaluation": 0.0}
         self.steps = 0
         self.examples = 0
         self.peak_memory: int | None = None
@@ -36,15 +34,21 @@ class Cost:
             yield
 
     @contextmanager
+    def around_task(self) -> Iterator[None]:
+        """Counts the time inside as what strategies do before and after a task's steps."""
+        with self._timed("strategy"):
+            yield
+
+    @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Counts the time inside as evaluation."""
         with self._timed("evaluation"):
             yield
 
-    def count(self, steps: int, examples: Dataset) -> None:
-        """Counts the optimizer steps of one task and the size of its training set."""
-        self.steps += steps
-        self.examples += len(examples)
+    def count_step(self, examples: int) -> None:
+        """Counts an optimizer step and the examples that it was made from, replayed ones too."""
+        self.steps += 1
+        self.examples += examples
 
     def end_task(self, run: Run) -> None:
         """Records what the strategies keep after a task, and the memory's peak so far."""
@@ -59,7 +63,9 @@ class Cost:
         trained = self.seconds["train"]
         return {
             "train_seconds": trained,
+            "strategy_seconds": self.seconds["strategy"],
             "evaluation_seconds": self.seconds["evaluation"],
+            "total_seconds": sum(self.seconds.values()),
             "steps": self.steps,
             "seconds_per_step": trained / self.steps if self.steps else None,
             "examples": self.examples,
@@ -80,7 +86,7 @@ class Cost:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what an earlier process added up."""
-        self.seconds = dict(state["seconds"])
+        self.seconds |= state["seconds"]
         self.steps = state["steps"]
         self.examples = state["examples"]
         self.peak_memory = state["peak_memory"]

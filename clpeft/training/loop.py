@@ -72,19 +72,21 @@ class Loop:
             self._evaluate(0, run.config.evaluation.untrained)
         for task in run.stream.tasks[run.tasks_seen :]:
             run.begin(task)
-            for strategy in run.strategies:
-                strategy.before_task(run, task)
-            run.refresh_trainable()
             examples = task.train
-            for strategy in run.strategies:
-                examples = strategy.train_examples(run, task, examples)
+            with self.cost.around_task():
+                for strategy in run.strategies:
+                    strategy.before_task(run, task)
+                run.refresh_trainable()
+                for strategy in run.strategies:
+                    examples = strategy.train_examples(run, task, examples)
             self.skipped += 1
             trained = len(examples) > 0
             if trained:
                 self.train_task(task, examples)
                 self.skipped = 0
-            for strategy in reversed(run.strategies):
-                strategy.after_task(run, task)
+            with self.cost.around_task():
+                for strategy in reversed(run.strategies):
+                    strategy.after_task(run, task)
             run.tasks_seen += 1
             self._evaluate(run.tasks_seen, trained)
             if trained:
@@ -124,7 +126,6 @@ class Loop:
                 schedule.step()
                 run.step += 1
                 self.observer.on_step(run.step, self._read(logs) if run.logging else None)
-        self.cost.count(steps, examples)
         run.model = run.accelerator.unwrap_model(run.prepared, keep_fp32_wrapper=False)
         # else Accelerate takes it for prepared at the next task and leaves its autocast off
         run.model._is_accelerate_prepared = False  # type: ignore[assignment]
@@ -147,6 +148,7 @@ class Loop:
         run = self.run
         for strategy in self.batchers:
             micro_batches = [strategy.transform_batch(run, batch) for batch in micro_batches]
+        self.cost.count_step(sum(map(len, micro_batches)))
         logs = self._backward(micro_batches)
         parameters = list(run.trainable.values())
         run.accelerator.unscale_gradients(run.optimizer)

@@ -142,6 +142,21 @@ def test_independent_keeps_each_task_as_it_was_learned(finished: Finished) -> No
     )
 
 
+def test_cost_counts_what_was_done(finished: Finished) -> None:
+    # 3 tasks of 32 examples, two epochs in batches of 8; half an example replayed with each one
+    # of the last two tasks
+    for name, examples in (("finetune", 192), ("replay", 192 + 64), ("cumulative", 64 + 128 + 192)):
+        cost = finished(name).results["cost"]
+        assert cost["examples"] == examples
+        assert cost["steps"] == (48 if name == "cumulative" else 24)
+        parts = [cost[f"{part}_seconds"] for part in ("train", "strategy", "evaluation")]
+        assert min(parts) > 0
+        assert cost["total_seconds"] == pytest.approx(sum(parts))
+    # eight examples' gradients one by one, after each task
+    fisher, nothing = (finished(n).results["cost"]["strategy_seconds"] for n in ("ewc", "finetune"))
+    assert fisher > 5 * nothing
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_state_after_the_first_task(finished: Finished, name: str) -> None:
     state = finished(name).state(1)["strategies"]["0"]
