@@ -33,8 +33,11 @@ def run_application(overrides: Sequence[str]) -> int:
     # Hydra would print and exit by itself; told to raise, it leaves the wording to us
     os.environ["HYDRA_FULL_ERROR"] = "1"
     failures: list[str] = []
+    started = False
 
     def job(composed: DictConfig) -> float | None:
+        nonlocal started
+        started = True
         try:
             return run_composed(composed)
         except Exception as error:
@@ -61,6 +64,11 @@ def run_application(overrides: Sequence[str]) -> int:
             runs = "1 run" if len(failures) == 1 else f"{len(failures)} runs"
             return _refuse("\n  ".join([f"{runs} of this sweep failed:", *failures]))
         sentence = explain(error)
+        if sentence is None and isinstance(error, OSError) and not started:
+            sentence = (
+                f"the run directory cannot be made ({error.strerror}: {error.filename}); set "
+                f"paths.output_dir to a folder that can be written."
+            )
         if sentence is None:
             raise
         return _refuse(sentence)

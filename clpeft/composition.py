@@ -179,6 +179,7 @@ def _check_combination(config: Config) -> None:
             f"{steppers[0]} and {' and '.join(lost)} cannot be combined: {steppers[0]} replaces "
             f"forward and backward, so a term that is added to the loss would be left out."
         )
+    config.peft.check()
     for strategy in strategies.values():
         strategy.check(config)
     if len(config.optimizer.betas) != 2:
@@ -253,6 +254,12 @@ def explain(error: Exception) -> str | None:
         return f"{group}={name} does not exist.{nearest(name, options)}"
     if override := re.search(r"Error merging override (\S+)", text):
         return _wrong_type(override.group(1), cause or error)
+    if several := re.search(r"Ambiguous value for argument '([^=]+)=([^']*)'", text):
+        key, values = several.groups()
+        return (
+            f"{key}={values} gives several values: to sweep over them put -m before the overrides, "
+            f"and for all of them at once write {key}=[{values}]."
+        )
     if "Config group override must be" in text:
         return (
             "A config group takes the name of one of its options (`clpeft list` shows them), such "
@@ -273,6 +280,9 @@ def explain(error: Exception) -> str | None:
 
 
 def _wrong_type(given: str, error: Exception) -> str:
+    if "is not a ListConfig" in str(error):
+        key, _, value = given.partition("=")
+        return f"{given} must be a list: write {key}=[{value}]."
     return f"{given} is of the wrong type: {str(error).splitlines()[0].rstrip('.')}."
 
 

@@ -31,6 +31,13 @@ class PeftMethodConfig:
 
     method: str = MISSING
 
+    def check(self) -> None:
+        """Refuses impossible settings in one sentence, before a model is loaded.
+
+        Raises:
+            ConfigError: If they are impossible.
+        """
+
 
 def apply_peft(
     model: PreTrainedModel | PeftModel, config: Any, task_type: str, new: Sequence[str]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from clpeft.config import above, at_least, between, one_of
+from clpeft.config import ConfigError, above, at_least, between, one_of
 from clpeft.models.targets import find_targets
 from clpeft.peft_methods.base import PEFT_TASK_TYPES, PeftMethodConfig
 from clpeft.registry import PEFT_METHODS
@@ -32,6 +32,14 @@ class LoraSettings(PeftMethodConfig):
     use_rslora: bool = False
     use_dora: bool = False
     modules_to_save: list[str] | None = None  # trained whole, beside the task head
+
+    def check(self) -> None:
+        names = self.target if isinstance(self.target, list) else [self.target]
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ConfigError(
+                f"peft.target={self.target} names no modules; set it to auto, all-linear or a list "
+                f"of module names such as [q_proj,v_proj]."
+            )
 
 
 @PEFT_METHODS.register("lora", config=LoraSettings)
