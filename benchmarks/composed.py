@@ -8,12 +8,10 @@ from hydra import compose, initialize_config_module
 
 from clpeft.composition import register_schemas, settle
 from clpeft.config import Config
-from clpeft.evaluation.evaluator import Evaluator
-from clpeft.experiment import build_run
+from clpeft.experiment import build_run, make_loop
 from clpeft.launching import quiet_libraries
 from clpeft.tracking.base import Observer
 from clpeft.training.checkpoint import Checkpoints
-from clpeft.training.cost import Cost
 from clpeft.training.loop import Loop
 
 
@@ -28,14 +26,8 @@ def config_of(overrides: list[str]) -> Config:
 def loop_of(config: Config, directory: Path, observer: Observer | None = None) -> Loop:
     """A loop that is ready to train."""
     run = build_run(config, directory)
-    given = config.stream.scenario == "task"
-    loop = Loop(
-        run,
-        Evaluator(run, task_id_given=given),
-        observer or Observer(),
-        Checkpoints(directory, config.training.checkpoint),
-        Cost(),
-    )
+    checkpoints = Checkpoints(directory, config.training.checkpoint)
+    loop = make_loop(run, observer or Observer(), checkpoints)
     for strategy in run.strategies:
         strategy.setup(run)
     return loop

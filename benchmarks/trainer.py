@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -67,12 +68,14 @@ def theirs(data_dir: str) -> dict[str, float]:
         started = time.perf_counter()
         for task in run.stream.tasks:
             begun = time.perf_counter()
+            batches = math.ceil(len(task.train) / config.training.batch_size)
+            steps = config.training.epochs * batches
             arguments = TrainingArguments(
                 output_dir=directory,
                 per_device_train_batch_size=config.training.batch_size,
                 num_train_epochs=config.training.epochs,
                 learning_rate=config.optimizer.lr,
-                warmup_ratio=config.scheduler.warmup_ratio,
+                warmup_steps=round(config.scheduler.warmup_ratio * steps),
                 weight_decay=0.0,
                 lr_scheduler_type="linear",
                 report_to=[],

@@ -8,13 +8,13 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from clpeft.config import RESULT_KEYS, Config, digest, run_name
+from clpeft.config import Config
 from clpeft.evaluation.evaluator import Evaluator
 from clpeft.models.load import (
+    base_name,
     check_positions,
-    count_parameters,
     load_model,
     load_tokenizer,
     make_objective,
@@ -24,8 +24,8 @@ from clpeft.peft_methods.base import apply_peft
 from clpeft.registry import STRATEGIES
 from clpeft.streams.base import build_stream
 from clpeft.streams.tokenize import encode_stream
-from clpeft.tracking.base import Observers, RunInfo
-from clpeft.tracking.build import build_observers
+from clpeft.tracking.base import Observer, Observers
+from clpeft.tracking.build import build_observers, describe
 from clpeft.tracking.history import HistoryObserver
 from clpeft.training.checkpoint import Checkpoints, restore
 from clpeft.training.cost import Cost
@@ -51,9 +51,7 @@ def run_experiment(config: Config, composed: DictConfig, directory: Path) -> dic
     history = HistoryObserver(directory, resume_at=saved["history"] if saved else 0)
     checkpoints.history_position = history.position
     observers = Observers([history, *build_observers(config.tracking, directory)])
-    given = any(s.needs_task_id_at_eval for s in run.strategies)
-    evaluator = Evaluator(run, task_id_given=given or config.stream.scenario == "task")
-    loop = Loop(run, evaluator, observers, checkpoints, Cost())
+    loop = make_loop(run, observers, checkpoints)
     exit_code, results = 1, None
     try:
         for strategy in run.strategies:
@@ -70,6 +68,13 @@ def run_experiment(config: Config, composed: DictConfig, directory: Path) -> dic
     finally:
         observers.close(exit_code, results)
     return results
+
+
+def make_loop(run: Run, observer: Observer, checkpoints: Checkpoints) -> Loop:
+    """The loop of a run; its strategies are yet to be set up."""
+    given = any(strategy.needs_task_id_at_eval for strategy in run.strategies)
+    evaluator = Evaluator(run, task_id_given=given or run.config.stream.scenario == "task")
+    return Loop(run, evaluator, observer, checkpoints, Cost())
 
 
 def build_run(config: Config, directory: Path) -> Run:
@@ -93,25 +98,7 @@ def build_run(config: Config, directory: Path) -> Run:
     allowed = allowed_labels(encoded, 0).to(accelerator.device)
     objective = make_objective(config.model, model, tokenizer, allowed)
     strategies = [STRATEGIES[name].target(values) for name, values in config.strategies.items()]
-    return Run(config, directory, accelerator, model, tokenizer, encoded, objective, strategies)
-
-
-def describe(run: Run, composed: DictConfig) -> RunInfo:
-    """What observers are told of a run."""
-    config = run.config
-    total, trainable = count_parameters(run.model)
-    strategies = tuple(config.strategies)
-    return RunInfo(
-        directory=run.directory,
-        name=run_name(composed),
-        group=f"{'+'.join(strategies)}-{digest(composed, RESULT_KEYS)}",
-        config=dict(OmegaConf.to_container(composed, resolve=True)),  # type: ignore[arg-type]
-        tasks=tuple(task.name for task in run.stream.tasks),
-        stream=config.stream.name,
-        strategies=strategies,
-        seed=config.seed,
-        total_parameters=total,
-        trainable_parameters=trainable,
-        resumed_at_step=run.step,
-        resumed_at_task=run.tasks_seen,
+    base = base_name(config.model, source)
+    return Run(
+        config, directory, accelerator, model, tokenizer, encoded, objective, strategies, base
     )

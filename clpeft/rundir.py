@@ -27,6 +27,7 @@ from clpeft.config import ConfigError, run_name
 
 log = logging.getLogger(__name__)
 
+RESULTS_SCHEMA = 1  # of results.json; raised when a reader of old files would be misled
 # what a run writes, Hydra's own files among them
 LEFT_BY_A_RUN = (
     *("config.yaml", "status.json", "results.json", "history.jsonl", "run.log"),

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from clpeft.registry import PEFT_METHODS, STRATEGIES
+
 ROOT = Path(__file__).parents[1]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -63,3 +65,32 @@ def test_added_strategy_runs(tiny: Callable[..., list[str]], tmp_path: Path) -> 
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def table(page: str, heading: str) -> dict[str, list[str]]:
+    """The rows of the table that begins with a heading, by their first cell."""
+    text = (ROOT / page).read_text().split(heading)[1].split("\n\n")[0]
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines()[2:]]
+    return {cells[0].strip().strip("`"): [cell.strip() for cell in cells[1:]] for cells in rows}
+
+
+def test_every_strategy_is_described_as_it_declares_itself() -> None:
+    rows = table("docs/strategies.md", "| name | what it does |")
+    needs = {entry.name: entry.target.needs_task_id_at_eval for entry in STRATEGIES}
+
+    assert rows.keys() == needs.keys()
+    assert {name: cells[-1].strip("*") == "yes" for name, cells in rows.items()} == needs
+    references = {entry.name for entry in STRATEGIES if entry.target.is_bound}
+    assert {name for name, cells in rows.items() if cells[0].startswith("reference")} == references
+
+
+def test_every_declared_conflict_is_in_the_docs() -> None:
+    told = (ROOT / "docs/strategies.md").read_text().split("## What cannot be combined")[1]
+    told = told.split("\n## ")[0]
+    for entry in STRATEGIES:
+        for other in entry.target.conflicts:
+            assert f"`{entry.name}` with `{other}`" in told
+        if entry.target.peft_types is not None:
+            (row,) = [line for line in told.splitlines() if f"`{entry.name}` with `peft=" in line]
+            refused = {kind.name for kind in PEFT_METHODS} - entry.target.peft_types
+            assert all(f"peft={name}" in row for name in refused)

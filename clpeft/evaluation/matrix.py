@@ -15,18 +15,6 @@ NOT_EVALUATED = "#ededed"
 BRIGHT_FROM = 0.45  # where black on COLOURS begins to contrast more than white does
 
 
-def empty_matrix(tasks: int) -> list[list[float | None]]:
-    """A matrix of which nothing was evaluated yet.
-
-    Args:
-        tasks: T, the number of tasks.
-
-    Returns:
-        T + 1 rows, of their own each, of T times None; row 0 is the untrained model's.
-    """
-    return [[None] * tasks for _ in range(tasks + 1)]
-
-
 def matrix_heatmap(
     matrix: Sequence[Sequence[float | None]], tasks: Sequence[str], *, metric: str = "accuracy"
 ) -> Figure:

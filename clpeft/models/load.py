@@ -66,6 +66,13 @@ def model_source(config: ModelConfig, stream: Stream, cache_dir: Path) -> str:
     return config.hub_id
 
 
+def base_name(config: ModelConfig, source: str) -> str:
+    """What tells base models apart in results, wherever the cache of generated ones lies."""
+    if config.path is None and config.architecture is not None:
+        return Path(source).name
+    return f"{source}@{config.revision}" if config.revision else source
+
+
 def load_tokenizer(config: ModelConfig, source: str) -> PreTrainedTokenizerBase:
     """Loads a model's tokenizer, with a padding token.
 

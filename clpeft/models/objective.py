@@ -57,7 +57,7 @@ class Objective(ABC):
 
     def per_example(self, outputs: Any, batch: Batch) -> Tensor:
         """Negative log-likelihood of each example, summed over its targets: [B], in nats."""
-        logits, labels = self._targets(outputs, batch)
+        logits, labels = self.predicted(outputs, batch)
         flat = F.cross_entropy(
             logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none"
         )
@@ -65,18 +65,22 @@ class Objective(ABC):
 
     def total(self, outputs: Any, batch: Batch) -> Tensor:
         """Negative log-likelihood summed over the targets of all examples: a scalar, in nats."""
-        logits, labels = self._targets(outputs, batch)
+        logits, labels = self.predicted(outputs, batch)
         return F.cross_entropy(
             logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum"
         )
 
-    def predicted(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits and labels as the loss sees them: [..., K] in float32, and [...] with -100."""
-        return self._targets(outputs, batch)
+    def for_labels(self, allowed: Tensor) -> Objective:
+        """The objective of a task in which these labels compete; a head is masked to them.
+
+        Args:
+            allowed: bool [tasks, labels].
+        """
+        return self
 
     @abstractmethod
-    def _targets(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits [..., K] in float32 and labels [...]."""
+    def predicted(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits and labels as the loss sees them: [..., K] in float32, and [...] with -100."""
 
 
 class ClassificationObjective(Objective):
@@ -90,7 +94,10 @@ class ClassificationObjective(Objective):
         self.allowed = allowed
         self.masks = not bool(allowed.all())
 
-    def _targets(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    def for_labels(self, allowed: Tensor) -> Objective:
+        return ClassificationObjective(allowed)
+
+    def predicted(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = outputs.logits.float()
         if self.masks:
             logits = logits.masked_fill(~self.allowed[batch.task_ids], float("-inf"))
@@ -114,7 +121,7 @@ class CausalObjective(Objective):
         # one more than the targets' columns: position t predicts token t+1
         return model(**batch.inputs, logits_to_keep=batch.target_width + 1)
 
-    def _targets(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    def predicted(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         # the last position predicts nothing
         labels = F.pad(batch.labels, (0, 1), value=IGNORED)[:, 1:]
         logits = outputs.logits.float()
@@ -140,5 +147,5 @@ class Seq2SeqObjective(Objective):
         decoder_input_ids = shift_right(batch.labels, self.start, self.pad)
         return model(**batch.inputs, decoder_input_ids=decoder_input_ids)
 
-    def _targets(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    def predicted(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         return outputs.logits.float(), batch.labels

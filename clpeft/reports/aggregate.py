@@ -126,7 +126,7 @@ def leaderboards(runs: Sequence[Run]) -> list[Leaderboard]:
     """Sorts runs into leaderboards.
 
     Runs share a leaderboard when they were scored on the same thing: stream, order of tasks,
-    scenario, model, split, way of scoring and sizes of the test sets. Its rows are families.
+    scenario, base model, split, way of scoring, and the very examples. Its rows are families.
 
     Args:
         runs: Any completed runs.
@@ -176,7 +176,8 @@ def strategy_name(run: Run) -> str:
 
 def _comparable(run: Run) -> str:
     same: list[Any] = [run.stream, run.tasks, run.scenario, run.model, run.task_type, run.split]
-    return json.dumps([*same, run.mode, run.test_sizes, run.scorers])
+    same += [run.mode, run.test_sizes, run.scorers, run.test, run.base]
+    return json.dumps(same)
 
 
 def _titles(runs: Sequence[Run]) -> list[str]:
@@ -192,6 +193,8 @@ def _titles(runs: Sequence[Run]) -> list[str]:
         lambda run: f"{len(run.tasks)} tasks",
         lambda run: f"tasks {', '.join(run.tasks)}",
         lambda run: f"test sizes {', '.join(map(str, run.test_sizes or ()))}",
+        lambda run: f"examples {run.test[:8]}",
+        lambda run: f"base {run.base}",
     ]
     for detail in details:
         for shared in {title for title in titles if titles.count(title) > 1}:

@@ -14,8 +14,8 @@ import yaml
 
 from clpeft.config import ConfigError
 from clpeft.evaluation.metrics import compute_metrics
+from clpeft.rundir import RESULTS_SCHEMA
 
-SCHEMA = 1
 RESULTS, STATUS, CONFIG = "results.json", "status.json", "config.yaml"
 STATES = ("queued", "running", "completed", "failed", "preempted")
 # what a run keeps below its directory, none of which is another run
@@ -52,6 +52,8 @@ class Run:
     digest: str
     family: str  # digest of all but the seed
     setting: str  # digest of model, PEFT, quantization, stream and evaluation
+    test: str  # digest of the examples, prompts and labels that were scored
+    base: str  # which weights the adapters stand on
     tasks: tuple[str, ...]
     scorers: tuple[str, ...]  # per task: accuracy, exact_match, rougeL
     split: str
@@ -287,8 +289,8 @@ def _parse_run(
     directory: Path, content: dict[str, Any], config: dict[str, Any], status: dict[str, Any]
 ) -> Run:
     schema = _take(content, "schema", object)
-    if schema != SCHEMA:
-        raise UnreadableError(f"has schema {schema!r}; this version reads schema {SCHEMA}")
+    if schema != RESULTS_SCHEMA:
+        raise UnreadableError(f"has schema {schema!r}; this version reads schema {RESULTS_SCHEMA}")
     digests = _take(content, "digests", dict)
     tasks = tuple(_take(content, "tasks", list))
     scorers = _take(content, "metric", dict)
@@ -320,6 +322,8 @@ def _parse_run(
         digest=_take(digests, "run", str),
         family=_take(digests, "family", str),
         setting=_take(digests, "setting", str),
+        test=str(digests.get("test", "?")),
+        base=str(digests.get("base", "?")),
         tasks=tasks,
         scorers=tuple(str(scorers.get(task, "?")) for task in tasks),
         split=_take(content, "split", str),

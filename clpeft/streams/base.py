@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import string
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +14,14 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from clpeft.config import ConfigError, at_least, between, nearest, one_of
 from clpeft.registry import STREAMS
+from clpeft.streams.contents import (
+    Contents,
+    check_disjoint,
+    content_digest,
+    content_digests,
+    digest_of,
+    normalise,
+)
 from clpeft.streams.prompts import PromptForm, prompt_form
 
 if TYPE_CHECKING:
@@ -116,9 +122,21 @@ class StreamBuilder(ABC):
     def load(self, name: str) -> LoadedTask:
         """One task's full splits."""
 
+    def refuse_order(self) -> None:
+        """For streams that no paper has put in an order.
+
+        Raises:
+            ConfigError: If `order` is set.
+        """
+        if self.config.order is not None:
+            raise ConfigError(
+                f"The stream '{self.config.name}' has no published orders, so stream.order="
+                f"{self.config.order} means nothing there; list the tasks in stream.tasks."
+            )
+
     @abstractmethod
     def neutral_text(self, seed: int) -> list[str]:
-        """Texts that belong to no task of the stream."""
+        """Texts that are no task's examples; a generated base learns its language from them."""
 
     def labels_of(self, name: str) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
         """A task's labels and answer words where they are known without loading data."""
@@ -141,7 +159,7 @@ def build_stream(config: StreamConfig, *, data_dir: str | None) -> Stream:
     builder = _builder(config, data_dir)
     names = _checked_names(builder)
     tasks = []
-    contents = _Contents()
+    contents = Contents()
     for index, name in enumerate(names):
         loaded = builder.load(name)
         tasks.append(_finish(loaded, index, builder.config, contents))
@@ -182,7 +200,7 @@ class Stream:
         self,
         config: StreamConfig,
         tasks: tuple[Task, ...],
-        contents: _Contents,
+        contents: Contents,
         neutral_text: Callable[[int], list[str]],
     ) -> None:
         self.config = config
@@ -190,7 +208,9 @@ class Stream:
         self.scenario = config.scenario
         self.seed = config.seed
         self.tasks = tasks
-        self.fingerprint = contents.fingerprint(config, tasks)
+        # of everything about a stream that can change a result; not of its name or of where its
+        # files lie: the same data elsewhere is the same stream
+        self.fingerprint = self._fingerprint(contents.digest)
         self._contents = contents
         self._neutral_text = neutral_text
         if self.scenario == "domain":
@@ -205,6 +225,37 @@ class Stream:
             )
             sizes = [len(task.labels) for task in tasks]
             self._first_ids = [sum(sizes[:index]) for index in range(len(sizes))]
+
+    def fingerprint_of(self, split: str) -> str:
+        """The digest of what a score on one split depends on: its examples, prompts and labels.
+
+        Runs that share it were scored on the same thing, whatever they were trained on.
+
+        Args:
+            split: train, validation or test.
+        """
+        return self._fingerprint("".join(self._contents.splits[split]))
+
+    def _fingerprint(self, splits: str) -> str:
+        facts = {
+            "scenario": self.config.scenario,
+            "max_length": self.config.max_length,
+            "names_task": self.config.names_task,
+            "splits": splits,
+            "tasks": [
+                [
+                    task.name,
+                    task.metric,
+                    task.labels,
+                    task.answer_words,
+                    task.instruction,
+                    task.input_template,
+                    task.chance,
+                ]
+                for task in self.tasks
+            ],
+        }
+        return digest_of(json.dumps(facts))
 
     @property
     def answer_words(self) -> tuple[str, ...]:
@@ -286,127 +337,6 @@ class Stream:
                     yield f"{form.fill(text)} {output}"
 
 
-# Content: what makes two examples the same.
-
-_NOT_ALPHANUMERIC = "".join(
-    chr(code) for code in range(128) if chr(code) not in string.ascii_letters + string.digits
-).encode()
-
-
-def normalise(text: str) -> str:
-    """A text's lower-cased letters and digits; the text itself where it has none of them.
-
-    Two copies of a text that differ in case, white space or punctuation are one content.
-    """
-    lowered = text.lower()
-    if lowered.isascii():
-        kept = lowered.encode().translate(None, _NOT_ALPHANUMERIC).decode()
-    else:
-        kept = "".join(filter(str.isalnum, lowered))
-    return kept or text
-
-
-def content_digest(*parts: str) -> bytes:
-    """The digest of an example's normalised parts: 16 bytes."""
-    return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).digest()
-
-
-def content_digests(table: pyarrow.Table) -> list[bytes]:
-    """The digest of every row's content: its text and its pair, or its input."""
-    if "input" in table.column_names:
-        return [content_digest(normalise(text)) for text in table["input"].to_pylist()]
-    texts = table["text"].to_pylist()
-    if "text_pair" not in table.column_names:
-        return [content_digest(normalise(text)) for text in texts]
-    return [
-        content_digest(normalise(text), normalise(pair))
-        for text, pair in zip(texts, table["text_pair"].to_pylist(), strict=True)
-    ]
-
-
-class _Contents:
-    """The digests of what the stream's splits hold."""
-
-    def __init__(self) -> None:
-        self.seen: set[bytes] = set()
-        self._splits = hashlib.blake2b(digest_size=16)
-
-    def add_full_split(self, table: pyarrow.Table, digests: list[bytes]) -> None:
-        """Remembers what must not come up as neutral text, where pairs are one text."""
-        if "text_pair" not in table.column_names:
-            self.seen.update(digests)
-            return
-        rows = zip(table["text"].to_pylist(), table["text_pair"].to_pylist(), strict=True)
-        self.seen.update(content_digest(normalise(f"{text}\n{pair}")) for text, pair in rows)
-
-    def add_split(self, table: pyarrow.Table) -> str:
-        """Takes in what is trained or tested on; returns its digest."""
-        digest = hashlib.blake2b(digest_size=16)
-        for column in table.column_names:
-            values = json.dumps(table[column].to_pylist(), ensure_ascii=False)
-            digest.update(f"{column}\0{values}\0".encode())
-        self._splits.update(digest.digest())
-        return digest.hexdigest()
-
-    def fingerprint(self, config: StreamConfig, tasks: Sequence[Task]) -> str:
-        """The digest of everything about a stream that can change a result.
-
-        Not of its name or of where its files lie: the same data elsewhere is the same stream.
-        """
-        facts = {
-            "scenario": config.scenario,
-            "max_length": config.max_length,
-            "names_task": config.names_task,
-            "splits": self._splits.hexdigest(),
-            "tasks": [
-                [
-                    task.name,
-                    task.metric,
-                    task.labels,
-                    task.answer_words,
-                    task.instruction,
-                    task.input_template,
-                    task.chance,
-                ]
-                for task in tasks
-            ],
-        }
-        return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
-
-
-def check_disjoint(
-    task: str, digests: Mapping[str, list[bytes]], texts: Mapping[str, Any], allow: bool
-) -> None:
-    """Makes sure that no content is in two splits of a task.
-
-    Args:
-        task: The task's name.
-        digests: The content digest of every row, by split.
-        texts: The first text column of each split, to quote from.
-        allow: Whether an overlap is only warned about.
-
-    Raises:
-        ConfigError: If two splits share content and that is not allowed.
-    """
-    for position, first in enumerate(SPLITS):
-        known = set(digests[first])
-        for second in SPLITS[position + 1 :]:
-            shared = [row for row, digest in enumerate(digests[second]) if digest in known]
-            if not shared:
-                continue
-            example = texts[second][shared[0]].as_py()
-            found = (
-                f"{len(shared)} of the {len(digests[second])} {second} rows of task '{task}' are "
-                f"in its {first} split too, for example {example[:60]!r}"
-            )
-            if not allow:
-                raise ConfigError(
-                    f"{found}; remove them from one of the two, or set stream.allow_overlap=true "
-                    "to go on with a warning."
-                )
-            logger.warning("%s; going on because stream.allow_overlap is true.", found)
-
-
 def sample_rows(labels: np.ndarray | None, size: int, rows: int, seed: Iterable[int]) -> np.ndarray:
     """A seeded choice of rows, as balanced over labels as the rows allow.
 
@@ -483,7 +413,7 @@ def _check_one_label_space(
                 )
 
 
-def _finish(loaded: LoadedTask, index: int, config: StreamConfig, contents: _Contents) -> Task:
+def _finish(loaded: LoadedTask, index: int, config: StreamConfig, contents: Contents) -> Task:
     """Compares a task's splits, cuts them to size, and makes the task of them."""
     import datasets
 
@@ -505,7 +435,7 @@ def _finish(loaded: LoadedTask, index: int, config: StreamConfig, contents: _Con
             seed = (config.seed, position, *loaded.name.encode())
             table = table.take(sample_rows(labels, size, len(table), seed))
         finished[split] = datasets.Dataset(
-            table.combine_chunks(), split=split, fingerprint=contents.add_split(table)
+            table.combine_chunks(), split=split, fingerprint=contents.add_split(split, table)
         )
     return Task(
         name=loaded.name,

@@ -130,23 +130,18 @@ class Ragged:
     starts: np.ndarray
     lengths: np.ndarray
 
-    def padded(
-        self, rows: np.ndarray, fill: int, multiple: int | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def padded(self, rows: np.ndarray, fill: int) -> tuple[np.ndarray, np.ndarray]:
         """Some rows as a matrix, filled up on the right to the longest of them.
 
         Args:
             rows: [B] which ones.
             fill: What stands after a row's end.
-            multiple: What the width is rounded up to a multiple of.
 
         Returns:
             The numbers, [B, width] int64, and which places hold a row's own, [B, width] bool.
         """
         lengths = self.lengths[rows]
         width = int(lengths.max(initial=1))
-        if multiple is not None:
-            width = -(-width // multiple) * multiple
         places = np.arange(width)
         own = places < lengths[:, None]
         # beyond the last row's end there is nothing to read; what is read there is not kept
@@ -210,15 +205,11 @@ class Collator:
     Args:
         task_type: sequence_classification, causal_lm or seq2seq_lm.
         pad_token_id: What fills `input_ids`.
-        pad_to_multiple_of: Rounds the length up, where a device likes round numbers.
     """
 
-    def __init__(
-        self, task_type: str, pad_token_id: int, pad_to_multiple_of: int | None = None
-    ) -> None:
+    def __init__(self, task_type: str, pad_token_id: int) -> None:
         self.task_type = task_type
         self.pad_token_id = pad_token_id
-        self.pad_to_multiple_of = pad_to_multiple_of
 
     def __call__(self, columns: Columns, indices: np.ndarray) -> Batch:
         """The batch of some rows.
@@ -227,12 +218,11 @@ class Collator:
             columns: The data set.
             indices: [B] rows; B may be 0, which gives a batch of no examples.
         """
-        multiple = self.pad_to_multiple_of
-        input_ids, own = columns.ragged["input_ids"].padded(indices, self.pad_token_id, multiple)
+        input_ids, own = columns.ragged["input_ids"].padded(indices, self.pad_token_id)
         inputs = {"input_ids": input_ids, "attention_mask": own.astype(np.int64)}
         if "token_type_ids" in columns.ragged:
             types = columns.ragged["token_type_ids"]
-            inputs["token_type_ids"] = types.padded(indices, 0, multiple)[0]
+            inputs["token_type_ids"] = types.padded(indices, 0)[0]
         if self.task_type == "causal_lm":
             prompt = columns.numbers["prompt_length"][indices, None]
             answers = own & (np.arange(own.shape[1]) >= prompt)
@@ -296,7 +286,7 @@ class BatchLoader:
 
     With several processes each takes every `world_size`-th row of the same global batches, so that
     together they train on what one process alone would. Where a last batch has fewer rows than
-    there are processes, the last ones get a batch of no examples; `drop_last` avoids that.
+    there are processes, the last ones get a batch of no examples.
 
     Args:
         dataset: An encoded data set, or its columns where several epochs are to share them.
@@ -306,7 +296,6 @@ class BatchLoader:
         epoch: Which pass over the data this is.
         shuffle: Whether to shuffle and to sort by length inside windows; otherwise rows come in
             their own order.
-        drop_last: Whether to leave out a batch that is not full.
         rank: This process.
         world_size: How many processes there are.
     """
@@ -320,7 +309,6 @@ class BatchLoader:
         seed: int,
         epoch: int = 0,
         shuffle: bool = True,
-        drop_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -330,8 +318,6 @@ class BatchLoader:
             batches = bucketed_batches(self.columns.lengths, batch_size, seed=seed, epoch=epoch)
         else:
             batches = _cut(np.arange(len(self.columns)), batch_size)
-        if drop_last:
-            batches = [rows for rows in batches if len(rows) == batch_size]
         self.rows = [rows[rank::world_size] for rows in batches]
 
     def __len__(self) -> int:

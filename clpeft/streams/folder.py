@@ -18,9 +18,9 @@ from clpeft.streams.base import (
     LoadedTask,
     StreamBuilder,
     StreamConfig,
-    content_digests,
     rank_within,
 )
+from clpeft.streams.contents import content_digests
 from clpeft.streams.prompts import prompt_form
 from clpeft.streams.toy import toy_neutral_text
 
@@ -96,11 +96,7 @@ class FolderStream(StreamBuilder):
     def task_names(self) -> list[str]:
         """The tasks listed, or all sub-folders by name."""
         root = self.root()
-        if self.config.tasks is None and self.config.order is not None:
-            raise ConfigError(
-                f"The stream '{self.config.name}' has no published orders, so stream.order="
-                f"{self.config.order} means nothing there; list the tasks in stream.tasks."
-            )
+        self.refuse_order()
         names = self.config.tasks
         if names is None:
             names = task_folders(root)

@@ -123,11 +123,7 @@ class ToyStream(StreamBuilder):
 
     def task_names(self) -> list[str]:
         """The offices asked for, or the first `num_tasks`."""
-        if self.config.order is not None:
-            raise ConfigError(
-                f"The stream '{self.config.name}' has no published orders, so stream.order="
-                f"{self.config.order} means nothing there; list the tasks in stream.tasks."
-            )
+        self.refuse_order()
         if self.config.tasks is None:
             if self.config.num_tasks > len(OFFICES):
                 raise ConfigError(

@@ -1,14 +1,21 @@
-"""Which observers a run has besides its history."""
+"""Which observers a run has besides its history, and what they are told of it."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from clpeft.config import TrackingConfig
-from clpeft.tracking.base import Observer
+from omegaconf import DictConfig, OmegaConf
+
+from clpeft.config import RESULT_KEYS, TrackingConfig, digest, run_name
+from clpeft.models.load import count_parameters
+from clpeft.tracking.base import Observer, RunInfo
 from clpeft.tracking.console import ConsoleObserver
 from clpeft.tracking.tensorboard import TensorboardObserver
 from clpeft.tracking.wandb import WandbObserver
+
+if TYPE_CHECKING:
+    from clpeft.training.run import Run
 
 
 def build_observers(tracking: TrackingConfig, directory: Path) -> list[Observer]:
@@ -34,3 +41,24 @@ def build_observers(tracking: TrackingConfig, directory: Path) -> list[Observer]
         # last to be told and so first to be closed: what W&B says comes after the tables
         observers.append(ConsoleObserver())
     return observers
+
+
+def describe(run: Run, composed: DictConfig) -> RunInfo:
+    """What observers are told of a run."""
+    config = run.config
+    total, trainable = count_parameters(run.model)
+    strategies = tuple(config.strategies)
+    return RunInfo(
+        directory=run.directory,
+        name=run_name(composed),
+        group=f"{'+'.join(strategies)}-{digest(composed, RESULT_KEYS)}",
+        config=dict(OmegaConf.to_container(composed, resolve=True)),  # type: ignore[arg-type]
+        tasks=tuple(task.name for task in run.stream.tasks),
+        stream=config.stream.name,
+        strategies=strategies,
+        seed=config.seed,
+        total_parameters=total,
+        trainable_parameters=trainable,
+        resumed_at_step=run.step,
+        resumed_at_task=run.tasks_seen,
+    )

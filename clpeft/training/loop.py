@@ -187,7 +187,12 @@ class Loop:
         return sums
 
     def _read(self, logs: dict[str, float | Tensor]) -> dict[str, float]:
-        """Moves what is logged off the device; the total loss is the sum of its named parts."""
+        """Moves what is logged off the device; the total loss is the sum of its named parts.
+
+        Each part is given as a ratio to the task's own loss too: what a strength amounts to.
+        """
         values = {name: float(value) for name, value in logs.items()}
-        total = sum(v for name, v in values.items() if name.startswith("train/loss/"))
-        return {"train/loss": total, **values}
+        parts = {n.removeprefix("train/loss/"): v for n, v in values.items() if "/loss/" in n}
+        own = parts["task"]
+        ratios = {f"train/ratio/{n}": v / own for n, v in parts.items() if own > 0 and n != "task"}
+        return {"train/loss": sum(parts.values()), **values, **ratios}

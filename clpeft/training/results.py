@@ -12,12 +12,10 @@ from clpeft.config import RESULT_KEYS, SETTING_KEYS, digest, run_name
 from clpeft.evaluation.metrics import compute_metrics
 from clpeft.models.load import count_parameters
 from clpeft.registry import STRATEGIES
-from clpeft.rundir import RunDirectory, git_commit, versions
+from clpeft.rundir import RESULTS_SCHEMA, RunDirectory, git_commit, versions
 
 if TYPE_CHECKING:
     from clpeft.training.loop import Loop
-
-SCHEMA = 1
 
 
 def collect(loop: Loop, composed: DictConfig) -> dict[str, Any]:
@@ -43,7 +41,7 @@ def collect(loop: Loop, composed: DictConfig) -> dict[str, Any]:
         test_sizes=sizes,
     )
     return {
-        "schema": SCHEMA,
+        "schema": RESULTS_SCHEMA,
         "name": run_name(composed),
         "stream": config.stream.name,
         "order": None if config.stream.tasks else config.stream.order,
@@ -58,6 +56,9 @@ def collect(loop: Loop, composed: DictConfig) -> dict[str, Any]:
             "run": digest(composed, [*RESULT_KEYS, "seed"]),
             "family": digest(composed, RESULT_KEYS),
             "setting": setting,
+            # of what was scored: results that share neither are not of the same thing
+            "test": run.stream.stream.fingerprint_of(config.evaluation.split),
+            "base": run.base,
         },
         "tasks": [task.name for task in tasks],
         "metric": {task.name: task.metric for task in tasks},

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from clpeft.config import Config
-from clpeft.models.objective import ClassificationObjective, Objective
+from clpeft.models.objective import Objective
 from clpeft.streams.batching import Batch, BatchLoader, Collator, Columns
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class Run:
         stream: The encoded tasks.
         objective: Forward pass and loss of the task type.
         strategies: In the order in which they act.
+        base: Which weights the adapters stand on, for results.
 
     Attributes:
         task: The task being trained; None before the first.
@@ -61,6 +62,7 @@ class Run:
         stream: EncodedStream,
         objective: Objective,
         strategies: Sequence[Strategy],
+        base: str,
     ) -> None:
         self.config = config
         self.directory = directory
@@ -71,6 +73,7 @@ class Run:
         self.stream = stream
         self.objective = objective
         self.strategies = list(strategies)
+        self.base = base
         self.task: EncodedTask | None = None
         self.tasks_seen = 0
         self.step = 0
@@ -93,9 +96,8 @@ class Run:
     def begin(self, task: EncodedTask) -> None:
         """Makes a task the current one."""
         self.task = task
-        if isinstance(self.objective, ClassificationObjective):
-            self.objective = ClassificationObjective(allowed_labels(self.stream, task.index))
-            self.objective.allowed = self.objective.allowed.to(self.device)
+        allowed = allowed_labels(self.stream, task.index).to(self.device)
+        self.objective = self.objective.for_labels(allowed)
 
     def loader(self, dataset: Dataset, *, epoch: int = 0, shuffle: bool = True) -> BatchLoader:
         """Batches of a data set, bucketed by length; the order depends on seed, task and epoch."""
@@ -141,7 +143,8 @@ class Run:
             batch: Any batch; the loop's own graph and every `.grad` stay as they are.
 
         Returns:
-            One float32 tensor per entry of `trainable`, in its order; zeros where unused.
+            One float32 tensor per entry of `trainable`, in its order; zeros where unused, and
+            all zeros if any overflowed in fp16.
         """
         parameters = list(self.trainable.values())
         scaler = self.accelerator.scaler
@@ -149,10 +152,16 @@ class Run:
         scale = scaler.get_scale() if scaler is not None else 1.0
         loss = self.mean_loss(batch)
         found = torch.autograd.grad(loss * scale, parameters, allow_unused=True)
-        return [
+        gradients = [
             torch.zeros_like(p, dtype=torch.float32) if g is None else g.float() / scale
             for p, g in zip(parameters, found, strict=True)
         ]
+        if scaler is None:
+            return gradients
+        # the scaler looks at the loop's gradients only: one that overflowed here would be taken
+        # for a direction, and make every weight a NaN
+        finite = torch.stack(torch._foreach_norm(gradients)).isfinite().all()
+        return [torch.where(finite, g, torch.zeros_like(g)) for g in gradients]
 
     def filled_gradients(self) -> list[Tensor]:
         """`.grad` of every entry of `trainable`, in its order; one that has none gets zeros."""

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from clpeft.evaluation.matrix import empty_matrix, figure_pixels, matrix_heatmap
+from clpeft.evaluation.matrix import figure_pixels, matrix_heatmap
 
 MATRIX = [
     [0.25, 0.5, None],
@@ -16,13 +16,6 @@ MATRIX = [
     [0.0, 0.125, 1.0],
 ]
 TASKS = ["north", "south", "east"]
-
-
-def test_an_empty_matrix_has_rows_of_its_own():
-    matrix = empty_matrix(2)
-    assert matrix == [[None, None], [None, None], [None, None]]
-    matrix[1][0] = 0.5
-    assert matrix == [[None, None], [0.5, None], [None, None]]
 
 
 def test_every_evaluated_cell_is_written_in_percent_where_it_belongs():

@@ -101,6 +101,8 @@ def test_total_loss_is_the_sum_of_its_named_parts(finished: Finished, name: str)
     for step in finished(name).steps(2):
         # both sums are of two doubles
         assert step["train/loss"] == step["train/loss/task"] + step[trace]
+        ratio = step[trace.replace("/loss/", "/ratio/")]
+        assert ratio == step[trace] / step["train/loss/task"]
 
 
 def test_ewc_starts_each_task_on_its_latest_anchor(finished: Finished) -> None:
@@ -393,6 +395,30 @@ def test_bf16_holds_for_every_task(
     run_it(tiny("finetune", "training.precision=bf16"), tmp_path / "run")
 
     assert seen == [(task, torch.bfloat16) for task in range(3) for _ in range(8)]
+
+
+WITHOUT_ADAPTER = [
+    name for name in NAMES if STRATEGIES[name].target.peft_types in (None, frozenset({"full"}))
+]
+
+
+@pytest.mark.parametrize("name", WITHOUT_ADAPTER)
+def test_full_fine_tuning(tiny: Overrides, tmp_path: Path, name: str) -> None:
+    full = [o for o in tiny(name) if not o.startswith("peft.")]
+    full += ["peft=full", "optimizer.lr=1e-3", "stream.num_tasks=2", "training.epochs=1"]
+    whole = run_it(full, tmp_path / "whole")
+    run_it(full, tmp_path / "run", interrupt_after=1)
+    resumed = run_it(full, tmp_path / "run")
+
+    assert whole.trainable.keys() == whole.before.keys()
+    assert whole.results["parameters"]["percent"] == 100
+    moved = [p for p, value in whole.after.items() if not torch.equal(value, whole.before[p])]
+    assert len(moved) == len(whole.before)
+    if STRATEGY_SETTINGS[name].trace:
+        assert any(traced(whole, STRATEGY_SETTINGS[name].trace, 1))
+    assert not (whole.directory / "adapters").exists()
+    assert same_bits(resumed.after, whole.after)
+    assert resumed.results["matrix"] == whole.results["matrix"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -243,6 +243,18 @@ def test_families_that_nothing_tells_apart_carry_their_digest(
                 "toy, domain-incremental, m, test sizes 7",
             ],
         ),
+        # another stream.seed, another max_length: the same names and sizes, other examples
+        (
+            {"digests": {"run": "r", "family": "f", "setting": "s", "test": "0123456789"}},
+            [
+                "toy, domain-incremental, m, examples 01234567",
+                "toy, domain-incremental, m, examples ?",
+            ],
+        ),
+        (
+            {"digests": {"run": "r", "family": "f", "setting": "s", "base": "m-12"}},
+            ["toy, domain-incremental, m, base ?", "toy, domain-incremental, m, base m-12"],
+        ),
     ],
 )
 def test_what_cannot_be_compared_is_on_another_leaderboard(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -224,3 +225,20 @@ def test_a_directory_without_runs_is_an_error(tmp_path: Path) -> None:
 def test_last_line_of_a_traceback() -> None:
     assert last_line("Traceback\n  File x\nKeyError: 'a'\n\n") == "KeyError: 'a'"
     assert last_line(" \n") == ""
+
+
+def test_what_a_run_leaves_is_read_whole(finished: Callable[..., Any]) -> None:
+    """A results.json as training writes it, not as the tests above do."""
+    outcome = finished("ewc")
+    (run,) = collect_runs([outcome.directory]).runs
+    told = outcome.results
+
+    assert not collect_runs([outcome.directory]).notes
+    assert (run.strategies, run.seed, run.model) == (("ewc",), 0, "tiny_llama")
+    assert run.matrix == told["matrix"]
+    assert run.metrics == pytest.approx(told["metrics"], abs=1e-12)
+    assert run.undefined == told["undefined"]
+    assert run.test == told["digests"]["test"] != told["environment"]["data"]
+    assert run.base == told["digests"]["base"]
+    assert run.config["strategies"]["ewc"]["lambda_"] == 20
+    assert run.status["status"] == "completed"

@@ -96,14 +96,6 @@ def test_token_types_are_padded_with_zero() -> None:
     assert batch.inputs["token_type_ids"].tolist() == [[0, 1, 1], [1, 0, 0]]
 
 
-def test_length_is_rounded_up(encoded: Callable[..., datasets.Dataset]) -> None:
-    columns = Columns(encoded("causal_lm"))
-    batch = Collator("causal_lm", 0, pad_to_multiple_of=8)(columns, np.array([0]))
-    assert batch.inputs["input_ids"].tolist() == [[5, 6, 7, 0, 0, 0, 0, 0]]
-    assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0, 0, 0]]
-    assert batch.labels.tolist() == [[-100, -100, 7, -100, -100, -100, -100, -100]]
-
-
 def test_batch_of_no_examples(encoded: Callable[..., datasets.Dataset]) -> None:
     columns = Columns(encoded("causal_lm"))
     batch = Collator("causal_lm", 0)(columns, np.array([], dtype=np.int64))
@@ -228,13 +220,6 @@ def test_loader_in_the_rows_own_order(encoded: Callable[..., datasets.Dataset]) 
     assert [batch.example_ids.tolist() for batch in loader] == [[40, 41, 42], [43]]
     assert len(loader) == 2
     assert loader.batch(1).example_ids.tolist() == [43]
-
-
-def test_loader_may_leave_out_what_is_not_full(encoded: Callable[..., datasets.Dataset]) -> None:
-    loader = BatchLoader(
-        encoded("causal_lm"), Collator("causal_lm", 0), batch_size=3, seed=0, drop_last=True
-    )
-    assert [len(batch) for batch in loader] == [3]
 
 
 def test_loader_shares_columns_between_epochs(encoded: Callable[..., datasets.Dataset]) -> None:

@@ -14,15 +14,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from clpeft.config import ConfigError
-from clpeft.streams.base import (
-    Stream,
-    build_stream,
-    check_stream,
-    content_digest,
-    normalise,
-    rank_within,
-    sample_rows,
-)
+from clpeft.streams.base import Stream, build_stream, check_stream, rank_within, sample_rows
+from clpeft.streams.contents import content_digest, normalise
 from clpeft.streams.folder import FolderConfig
 from clpeft.streams.toy import ToyConfig, toy_neutral_text
 
@@ -332,6 +325,21 @@ def test_fingerprint_changes_with_the_instruction(
 
 
 # Text for tokenizers and warm-ups.
+
+
+def test_fingerprint_of_a_split_is_of_what_is_scored(
+    two_tasks: Path, folder_stream: Callable[..., Stream]
+) -> None:
+    whole = folder_stream(two_tasks)
+    fewer = folder_stream(two_tasks, max_train=2)
+
+    # other training data, the same test
+    assert fewer.fingerprint != whole.fingerprint
+    assert fewer.fingerprint_of("test") == whole.fingerprint_of("test")
+    assert fewer.fingerprint_of("train") != whole.fingerprint_of("train")
+    # the same examples, asked otherwise
+    named = folder_stream(two_tasks, names_task=True)
+    assert named.fingerprint_of("test") != whole.fingerprint_of("test")
 
 
 def test_training_text_is_the_train_split_in_its_prompts(
