@@ -342,6 +342,18 @@ def test_fingerprint_of_a_split_is_of_what_is_scored(
     assert named.fingerprint_of("test") != whole.fingerprint_of("test")
 
 
+@pytest.mark.parametrize(
+    ("scenario", "listed"), [("task", True), ("domain", True), ("class", False)]
+)
+def test_prompts_list_the_answers_unless_they_would_tell_the_task(
+    toy_config: Callable[..., ToyConfig], scenario: str, listed: bool
+) -> None:
+    stream = build_stream(toy_config(scenario=scenario), data_dir=None)
+    for task in stream.tasks:
+        prompt = stream.prompt(task).fill("a letter")
+        assert all((word in prompt) is listed for word in task.answer_words)
+
+
 def test_training_text_is_the_train_split_in_its_prompts(
     two_tasks: Path, folder_stream: Callable[..., Stream]
 ) -> None:
