@@ -222,6 +222,18 @@ def test_loader_in_the_rows_own_order(encoded: Callable[..., datasets.Dataset]) 
     assert loader.batch(1).example_ids.tolist() == [43]
 
 
+@pytest.mark.parametrize("task_type", ["causal_lm", "seq2seq_lm", "sequence_classification"])
+def test_joined_batches_know_their_targets(
+    encoded: Callable[..., datasets.Dataset], task_type: str
+) -> None:
+    columns, collator = Columns(encoded(task_type)), Collator(task_type, 0)
+    for first, second in (([1], [0, 3]), ([0, 3], [1]), ([2], [1, 3])):
+        both = concatenate([collator(columns, np.array(rows)) for rows in (first, second)], 0)
+        # counted anew from the labels
+        fresh = Batch(both.inputs, both.labels, both.task_ids, both.example_ids)
+        assert (both.num_targets, both.target_width) == (fresh.num_targets, fresh.target_width)
+
+
 def test_loader_shares_columns_between_epochs(encoded: Callable[..., datasets.Dataset]) -> None:
     columns = Columns(encoded("causal_lm"))
     collator = Collator("causal_lm", 0)
