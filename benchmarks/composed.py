@@ -10,6 +10,7 @@ from clpeft.composition import register_schemas, settle
 from clpeft.config import Config
 from clpeft.experiment import build_run, make_loop
 from clpeft.launching import quiet_libraries
+from clpeft.stopping import StopRequests
 from clpeft.tracking.base import Observer
 from clpeft.training.checkpoint import Checkpoints
 from clpeft.training.loop import Loop
@@ -27,7 +28,7 @@ def loop_of(config: Config, directory: Path, observer: Observer | None = None) -
     """A loop that is ready to train."""
     run = build_run(config, directory)
     checkpoints = Checkpoints(directory, config.training.checkpoint)
-    loop = make_loop(run, observer or Observer(), checkpoints)
+    loop = make_loop(run, observer or Observer(), checkpoints, StopRequests())
     for strategy in run.strategies:
         strategy.setup(run)
     return loop

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from benchmarks.composed import config_of, loop_of
 from clpeft.evaluation.generation import exact_match
@@ -91,12 +91,14 @@ def theirs(data_dir: str) -> dict[str, float]:
                     task.train["input_ids"], task.train["prompt_length"], strict=True
                 )
             ]
-            Trainer(
+            trainer = Trainer(
                 model=run.model,
                 args=arguments,
                 train_dataset=rows,
                 data_collator=Padding(run.tokenizer.pad_token_id),
-            ).train()
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
             seconds["training"] += time.perf_counter() - begun
             begun = time.perf_counter()
             scores = [generated_score(run, i) for i in range(task.index + 1)]

@@ -22,6 +22,7 @@ from clpeft.models.load import (
 )
 from clpeft.peft_methods.base import apply_peft
 from clpeft.registry import STRATEGIES
+from clpeft.stopping import StopRequests
 from clpeft.streams.base import build_stream
 from clpeft.streams.tokenize import encode_stream
 from clpeft.tracking.base import Observer, Observers
@@ -34,13 +35,16 @@ from clpeft.training.results import collect
 from clpeft.training.run import Run, allowed_labels
 
 
-def run_experiment(config: Config, composed: DictConfig, directory: Path) -> dict[str, Any]:
+def run_experiment(
+    config: Config, composed: DictConfig, directory: Path, stop: StopRequests
+) -> dict[str, Any]:
     """Trains a model through a stream under a strategy, from the start or from a checkpoint.
 
     Args:
         config: The settings, checked.
         composed: The same as composed, for names and digests.
         directory: The run directory.
+        stop: Whether the process was asked to stop.
 
     Returns:
         What results.json holds.
@@ -51,7 +55,7 @@ def run_experiment(config: Config, composed: DictConfig, directory: Path) -> dic
     history = HistoryObserver(directory, resume_at=saved["history"] if saved else 0)
     checkpoints.history_position = history.position
     observers = Observers([history, *build_observers(config.tracking, directory)])
-    loop = make_loop(run, observers, checkpoints)
+    loop = make_loop(run, observers, checkpoints, stop)
     exit_code, results = 1, None
     try:
         for strategy in run.strategies:
@@ -70,11 +74,11 @@ def run_experiment(config: Config, composed: DictConfig, directory: Path) -> dic
     return results
 
 
-def make_loop(run: Run, observer: Observer, checkpoints: Checkpoints) -> Loop:
+def make_loop(run: Run, observer: Observer, checkpoints: Checkpoints, stop: StopRequests) -> Loop:
     """The loop of a run; its strategies are yet to be set up."""
     given = any(strategy.needs_task_id_at_eval for strategy in run.strategies)
     evaluator = Evaluator(run, task_id_given=given or run.config.stream.scenario == "task")
-    return Loop(run, evaluator, observer, checkpoints, Cost())
+    return Loop(run, evaluator, observer, checkpoints, Cost(), stop)
 
 
 def build_run(config: Config, directory: Path) -> Run:

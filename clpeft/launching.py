@@ -7,12 +7,14 @@ import logging
 import warnings
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from clpeft.composition import settle
 from clpeft.config import Config, ConfigError
 from clpeft.rundir import RunDirectory
+from clpeft.stopping import StopRequests
 
 log = logging.getLogger(__name__)
 
@@ -61,23 +63,31 @@ def launch(composed: DictConfig, directory: Path) -> float | None:
     except ConfigError:
         record.discard_if_empty()
         raise
-    if config.force and directory.is_dir():
-        record.clear()
-    record.freeze(composed)
-    with log_to(directory / "run.log"):
-        results = record.results if record.status.get("status") == "completed" else {}
-        if results:
-            log.info("%s is completed; force=true starts it afresh", directory)
-            show_results(results)
-        else:
-            with record.running():
-                from clpeft.experiment import run_experiment  # slow to import: after the checks
-
-                quiet_libraries()
-                keep_libraries()
-                results = run_experiment(config, composed, directory)
-                record.write_results(results)
+    with record.claimed():
+        if config.force:
+            record.clear()
+        record.freeze(composed)
+        with log_to(directory / "run.log"):
+            results = record.results if record.status.get("status") == "completed" else {}
+            if results:
+                log.info("%s is completed; force=true starts it afresh", directory)
+                show_results(results)
+            else:
+                results = _carry_out(config, composed, record)
     return results["metrics"].get("average_accuracy")
+
+
+def _carry_out(config: Config, composed: DictConfig, record: RunDirectory) -> dict[str, Any]:
+    """Trains, and leaves results.json and a true status.json."""
+    stop = StopRequests()
+    with record.running(), stop.listening():
+        from clpeft.experiment import run_experiment  # slow to import: after the checks
+
+        quiet_libraries()
+        keep_libraries()
+        results = run_experiment(config, composed, record.path, stop)
+        record.write_results(results)
+    return results
 
 
 def check_device(config: Config) -> None:

@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -33,7 +34,14 @@ LEFT_BY_A_RUN = (
     *("config.yaml", "status.json", "results.json", "history.jsonl", "run.log"),
     *("checkpoints", "adapters", "wandb", "tensorboard", ".hydra"),
 )
+LOCK = ".lock"
+# how long a claim is waited for: no longer than somebody takes who only looks whether it is held
+LOCK_SECONDS = 1.0
 PACKAGES = ("clpeft", "torch", "transformers", "peft", "accelerate", "datasets", "hydra-core")
+
+
+class Busy(ConfigError):
+    """Another process works in the run directory."""
 
 
 class RunDirectory:
@@ -108,6 +116,53 @@ class RunDirectory:
             _write(self.path / "config.yaml", OmegaConf.to_yaml(composed, resolve=True))
 
     @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keeps every other process out of the directory while this one works in it.
+
+        The lock is the operating system's: it goes with the process, however that ends.
+
+        Raises:
+            Busy: If another process works in it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / LOCK, timeout=LOCK_SECONDS)
+        try:
+            lock.acquire()
+        except Timeout:
+            status = self.status
+            where = f"process {status.get('process', '?')} on {status.get('host', '?')}"
+            raise Busy(
+                f"{self.path} is being worked on by {where}; wait for it to end, or stop it."
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @property
+    def is_claimed(self) -> bool:
+        """Whether a process works in the directory right now."""
+        if not (self.path / LOCK).exists():
+            return False
+        lock = FileLock(self.path / LOCK, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            return True
+        except OSError:  # not ours to write; then it is not ours to doubt either
+            return self.status.get("status") == "running"
+        lock.release()
+        return False
+
+    def queue(self, **facts: Any) -> None:
+        """Notes that a batch system is to run this.
+
+        Args:
+            facts: What else is to stand in status.json, such as the job's id.
+        """
+        self._tell({"status": "queued", "queued": time.time(), **facts})
+
+    @contextmanager
     def running(self) -> Iterator[None]:
         """Keeps status.json true while the run goes on inside, however it ends.
 
@@ -119,7 +174,8 @@ class RunDirectory:
             "host": socket.gethostname(),
             "process": os.getpid(),
             "command": shlex.join(["clpeft", *sys.argv[1:]]),
-            "job_id": os.environ.get("SLURM_JOB_ID"),
+            "job_id": job_id(),
+            "attempt": self.status.get("attempt", 0) + 1,  # how often it was started or continued
             "git_commit": git_commit(),
             "versions": versions(),
             "started": time.time(),
@@ -127,8 +183,8 @@ class RunDirectory:
         self._tell(status)
         try:
             yield
-        except KeyboardInterrupt:
-            reason = "interrupted from the keyboard (Ctrl-C); the same command continues it"
+        except KeyboardInterrupt as asked:  # Preempted among them
+            reason = str(asked) or "interrupted (Ctrl-C); the same command continues it"
             self._tell(status | {"status": "preempted", "reason": reason, "ended": time.time()})
             log.warning("%s: %s", self.path, reason)
             raise
@@ -155,6 +211,14 @@ class RunDirectory:
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that can change a result."""
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def job_id() -> str | None:
+    """The SLURM job that this process belongs to, `<array job>_<element>` in an array."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    if array is not None:
+        return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ.get("SLURM_JOB_ID")
 
 
 def git_commit() -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +11,20 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where generated bases and encoded streams are kept for the whole session."""
     import torch
-    from peft import PeftModel
 
     import clpeft.experiment  # noqa: F401
     from clpeft.launching import quiet_libraries
 
-    patch = pytest.MonkeyPatch()
     torch.set_num_threads(1)  # tiny models; the test processes share the cores
     quiet_libraries()
-    # most of the time that saving an adapter takes, and none of our business
-    patch.setattr(PeftModel, "create_or_update_model_card", lambda self, folder: None)
     base = tmp_path_factory.getbasetemp()
     # beside the other workers', where there are some: what one of them built, all can use
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
     folder.mkdir(exist_ok=True)
-    yield folder
-    patch.undo()
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -29,4 +29,10 @@ def save_adapter(run: Run, task: EncodedTask, directory: Path) -> None:
     for strategy in run.strategies:
         if strategy.save_adapter(run, task, folder):
             return
+    # PEFT's model card takes ten times as long as the weights, and config.yaml says more
+    run.model.create_or_update_model_card = _no_card
     run.model.save_pretrained(folder)
+
+
+def _no_card(folder: str) -> None:
+    pass

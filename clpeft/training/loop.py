@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from clpeft.evaluation.evaluator import Evaluator
+    from clpeft.stopping import StopRequests
     from clpeft.streams.batching import Batch
     from clpeft.streams.tokenize import EncodedTask
     from clpeft.tracking.base import Observer
@@ -39,6 +40,7 @@ class Loop:
         observer: Is told what happens; never changes it.
         checkpoints: Where the state at task boundaries is kept.
         cost: Adds up time, steps and memory.
+        stop: Whether the process was asked to stop.
 
     Attributes:
         matrix: `matrix[t][i]` is the score on task i after t tasks; None where not evaluated.
@@ -51,12 +53,14 @@ class Loop:
         observer: Observer,
         checkpoints: Checkpoints,
         cost: Cost,
+        stop: StopRequests,
     ) -> None:
         self.run = run
         self.evaluator = evaluator
         self.observer = observer
         self.checkpoints = checkpoints
         self.cost = cost
+        self.stop = stop
         self.matrix: list[list[float | None]] = []
         self.skipped = 0  # tasks whose training a strategy left to a later one, as `joint` does
         self.gradient_makers = with_hook(run.strategies, "compute_gradients")
