@@ -70,7 +70,7 @@ def _expand(loader: Any, overrides: Sequence[str]) -> list[Planned]:
         )
     given = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
     # unresolved, as Hydra takes them: a ${seed} in them is each run's own
-    given += OmegaConf.to_container(whole.hydra.overrides.task, resolve=False)
+    given += OmegaConf.to_container(whole.hydra.overrides.task, resolve=False)  # type: ignore[arg-type]
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(given)
     (combinations,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     planned = [plan(loader, whole, one, number) for number, one in enumerate(combinations)]
