@@ -42,12 +42,15 @@ def expand(overrides: Sequence[str]) -> list[Planned]:
     """
     from hydra import initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
 
     register_schemas()
     try:
         with initialize_config_module("clpeft.conf", job_name="clpeft", version_base="1.3"):
             loader = GlobalHydra.instance().config_loader()
-            return _expand(loader, [*overrides, "hydra.mode=MULTIRUN"])
+            given = [*overrides, "hydra.mode=MULTIRUN"]
+            whole = loader.load_configuration("config", given, run_mode=RunMode.MULTIRUN)
+            return runs_of(loader, whole)
     except Exception as error:
         sentence = explain(error)
         if sentence is None:
@@ -55,14 +58,29 @@ def expand(overrides: Sequence[str]) -> list[Planned]:
         raise ConfigError(sentence) from error
 
 
-def _expand(loader: Any, overrides: Sequence[str]) -> list[Planned]:
+def is_basic(whole: DictConfig) -> bool:
+    """Whether a sweep goes through a list of runs, rather than choosing the next by results."""
+    return bool(whole.hydra.sweeper._target_ == BASIC)
+
+
+def runs_of(loader: Any, whole: DictConfig) -> list[Planned]:
+    """The runs of a sweep.
+
+    Args:
+        loader: Hydra's config loader.
+        whole: The config that the sweep is started with, as Hydra composes it for several runs.
+
+    Returns:
+        See `expand`.
+
+    Raises:
+        ConfigError: If the sweeper chooses its runs by results.
+    """
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.types import RunMode
 
-    whole = loader.load_configuration("config", list(overrides), run_mode=RunMode.MULTIRUN)
     sweeper = whole.hydra.sweeper
-    if sweeper._target_ != BASIC:
+    if not is_basic(whole):
         name = whole.hydra.runtime.choices["hydra/sweeper"]
         raise ConfigError(
             f"hydra/sweeper={name} chooses its runs by the results of earlier ones, so they cannot "
