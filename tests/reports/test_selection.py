@@ -19,7 +19,8 @@ from clpeft.reports.runs import collect_runs
 from clpeft.reports.selection import command, overrides, select
 from clpeft.sweeps import expand
 
-from .conftest import UNTRAINED, WriteRun
+WriteRun = Callable[..., Path]
+UNTRAINED = [0.25, 0.25]
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def tuned(tmp_path: Path, write_run: WriteRun) -> Callable[..., Path]:
         (planned,) = expand(["experiment=tune", *given])
         config: Any = OmegaConf.to_container(planned.composed, resolve=True)
         family = digest(planned.composed, ("strategies", "optimizer", "model", "stream", "peft"))
-        matrix = [UNTRAINED[:2], [score if first is None else first, None], [score, score]]
+        matrix = [UNTRAINED, [score if first is None else first, None], [score, score]]
         return write_run(
             list(config["strategies"]),
             config["seed"],
