@@ -19,8 +19,10 @@ from typing import Any
 import joblib
 import pytest
 import yaml
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.config_store import ConfigStore
 from joblib.externals.loky import get_reusable_executor
+from joblib.externals.loky.process_executor import TerminatedWorkerError
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
@@ -498,3 +500,17 @@ def test_optuna_must_not_see_test_scores(sweep: Any, instant: list[Path]) -> Non
     assert code == 1
     assert instant == []
     assert "would choose by those of the test data; add experiment=tune" in told[-1]
+
+
+def test_a_worker_that_was_killed_is_told_in_a_sentence(
+    sweep: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def launch(*_: Any) -> None:
+        raise TerminatedWorkerError("A worker process managed by the executor was terminated")
+
+    monkeypatch.setattr(BasicLauncher, "launch", launch)
+    code, told = sweep("seed=0,1")
+
+    assert code == 1
+    assert told[0] == "clpeft: sweep of 2 runs: 2 not started"
+    assert "repeat the command with a smaller hydra.launcher.n_jobs" in told[-1]
