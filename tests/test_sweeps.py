@@ -19,7 +19,6 @@ from typing import Any
 import joblib
 import pytest
 import yaml
-from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.config_store import ConfigStore
 from joblib.externals.loky import get_reusable_executor
 from joblib.externals.loky.process_executor import TerminatedWorkerError
@@ -31,6 +30,7 @@ from clpeft.config import ConfigError
 from clpeft.outcomes import outcome_of, summary
 from clpeft.rundir import Busy, RunDirectory
 from clpeft.stopping import Preempted
+from clpeft.sweep_launcher import WatchedLauncher
 from clpeft.sweeps import expand
 from clpeft.training.checkpoint import Checkpoints
 
@@ -508,7 +508,7 @@ def test_a_worker_that_was_killed_is_told_in_a_sentence(
     def launch(*_: Any) -> None:
         raise TerminatedWorkerError("A worker process managed by the executor was terminated")
 
-    monkeypatch.setattr(BasicLauncher, "launch", launch)
+    monkeypatch.setattr(WatchedLauncher, "launch", launch)
     code, told = sweep("seed=0,1")
 
     assert code == 1
