@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from omegaconf import DictConfig
 
-from clpeft.config import Config
+from clpeft.config import Config, result_settings
 from clpeft.evaluation.evaluator import Evaluator
 from clpeft.models.load import (
     base_name,
@@ -50,11 +50,15 @@ def run_experiment(
         What results.json holds.
     """
     run = build_run(config, directory)
-    checkpoints = Checkpoints(directory, config.training.checkpoint)
+    checkpoints = Checkpoints(directory, config.training.checkpoint, result_settings(composed))
+    run.accelerator.wait_for_everyone()  # the main process may be clearing the directory
     saved = checkpoints.newest()
-    history = HistoryObserver(directory, resume_at=saved["history"] if saved else 0)
-    checkpoints.history_position = history.position
-    observers = Observers([history, *build_observers(config.tracking, directory)])
+    watching: list[Observer] = []
+    if run.accelerator.is_main_process:
+        history = HistoryObserver(directory, resume_at=saved["history"] if saved else 0)
+        checkpoints.history_position = history.position
+        watching = [history, *build_observers(config.tracking, directory)]
+    observers = Observers(watching)
     loop = make_loop(run, observers, checkpoints, stop)
     exit_code, results = 1, None
     try:
@@ -62,7 +66,7 @@ def run_experiment(
             strategy.setup(run)
         if saved is not None:
             restore(loop, saved)
-        observers.on_run_start(describe(run, composed))
+        observers.on_run_start(describe(loop, composed, saved is not None))
         loop.train()
         results = collect(loop, composed)
         exit_code = 0
@@ -88,9 +92,10 @@ def build_run(config: Config, directory: Path) -> Run:
     accelerator = Accelerator(mixed_precision=config.training.precision)
     cache_dir = Path(config.paths.cache_dir).expanduser()
     stream = build_stream(config.stream, data_dir=config.paths.data_dir)
-    source = model_source(config.model, stream, cache_dir)
-    tokenizer = load_tokenizer(config.model, source)
-    encoded = encode_stream(stream, tokenizer, config.model.task_type, cache_dir=str(cache_dir))
+    with accelerator.main_process_first():  # which fills the caches for the others
+        source = model_source(config.model, stream, cache_dir)
+        tokenizer = load_tokenizer(config.model, source)
+        encoded = encode_stream(stream, tokenizer, config.model.task_type, cache_dir=str(cache_dir))
     # from here on the run's own draws: a new head, the adapter's first weights, dropout
     set_seed(config.seed)
     model, new = load_model(config.model, source, tokenizer, len(stream.label_names))
