@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from omegaconf import DictConfig
 
@@ -28,6 +26,7 @@ from clpeft.streams.tokenize import encode_stream
 from clpeft.tracking.base import Observer, Observers
 from clpeft.tracking.build import build_observers, describe
 from clpeft.tracking.history import HistoryObserver
+from clpeft.training.accelerator import make_accelerator
 from clpeft.training.checkpoint import Checkpoints, restore
 from clpeft.training.cost import Cost
 from clpeft.training.loop import Loop
@@ -87,9 +86,7 @@ def make_loop(run: Run, observer: Observer, checkpoints: Checkpoints, stop: Stop
 
 def build_run(config: Config, directory: Path) -> Run:
     """Stream, tokenizer, model, adapter, strategies: each needs what stands before it."""
-    # an earlier run in this process, in a sweep, may have had another precision
-    AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision=config.training.precision)
+    accelerator = make_accelerator(config.training.precision)
     cache_dir = Path(config.paths.cache_dir).expanduser()
     stream = build_stream(config.stream, data_dir=config.paths.data_dir)
     with accelerator.main_process_first():  # which fills the caches for the others

@@ -123,10 +123,11 @@ class RunDirectory:
 
         Raises:
             Busy: If another process works in it.
+            ConfigError: If it cannot be written.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / LOCK, timeout=LOCK_SECONDS)
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire()
         except Timeout:
             status = self.status
@@ -134,6 +135,11 @@ class RunDirectory:
             raise Busy(
                 f"{self.path} is being worked on by {where}; wait for it to end, or stop it."
             ) from None
+        except OSError as error:
+            raise ConfigError(
+                f"The run directory {self.path} cannot be written ({error.strerror}); make it "
+                f"writable, or set paths.output_dir to a folder that is."
+            ) from error
         try:
             yield
         finally:

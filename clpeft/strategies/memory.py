@@ -114,7 +114,8 @@ def reservoir(
 def _to_arrow(examples: Dataset) -> Tensor:
     import pyarrow as pa
 
-    table = examples.data.table.combine_chunks()
+    # without what datasets notes of how the table came about, which says nothing of the examples
+    table = examples.data.table.combine_chunks().replace_schema_metadata(None)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
