@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from clpeft.config import Config, ConfigError, RunError, nearest, run_name
-from clpeft.processes import world_size
+from clpeft.processes import sharding, world_size
 from clpeft.registry import PEFT_METHODS, STRATEGIES, STREAMS
 from clpeft.strategies.base import Strategy, defines
 
@@ -215,6 +215,12 @@ def _check_capabilities(config: Config, name: str, cls: type[Strategy]) -> None:
         raise ConfigError(
             f"The strategy '{name}' does not work with training.gradient_accumulation="
             f"{config.training.gradient_accumulation}; set it to 1 and raise training.batch_size."
+        )
+    if (shards := sharding()) is not None and shards not in cls.supports_sharding:
+        known = ", ".join(sorted(cls.supports_sharding)) or "none yet"
+        raise ConfigError(
+            f"The strategy '{name}' is not known to work with a model in shards ({shards} was "
+            f"asked for; it works with: {known}); start it with launch/accelerate/ddp.yaml."
         )
     if not cls.supports_multi_process and world_size() > 1:
         raise ConfigError(

@@ -46,7 +46,9 @@ class Strategy:
     )
     peft_types: ClassVar[frozenset[str] | None] = None  # None: any, `full` included
     supports_quantized: ClassVar[bool] = True
-    supports_multi_process: ClassVar[bool] = False
+    supports_multi_process: ClassVar[bool] = False  # copies of the model side by side (DDP)
+    # what else it was seen to work with of fsdp2, zero2 and zero3, which cut the model into shards
+    supports_sharding: ClassVar[frozenset[str]] = frozenset()
     supports_gradient_accumulation: ClassVar[bool] = True
     # A reference point (a bound or the plain baseline) rather than a method: runs alone.
     is_reference: ClassVar[bool] = False
