@@ -157,7 +157,7 @@ class Loop:
                     for task in self.evaluator.tasks_of_row(trained):
                         if row[task.index] is None:
                             row[task.index] = self.evaluator.score(task, trained, self._interrupt)
-                            self._interrupt()
+                            self._stop_if_asked()
             except Preempted:
                 self.checkpoints.save(self)
                 raise
@@ -188,11 +188,7 @@ class Loop:
                 course.steps += 1
                 run.logging = (run.step + 1) % log_every == 0 or course.steps == steps
                 logs = self._step(micro_batches)
-                logs |= {
-                    "train/lr": schedule.get_last_lr()[0],
-                    "train/epoch": course.steps / per_epoch,
-                }
-                schedule.step()
+                logs["train/epoch"] = course.steps / per_epoch
                 run.step += 1
                 if run.logging:
                     self.guard.check()
@@ -247,19 +243,27 @@ class Loop:
         if wanted:
             raise Preempted(wanted)
 
+    def _stop_if_asked(self) -> None:
+        """Stops all processes if one of them was asked to."""
+        (wanted,) = self.run.agree(self.stop.wanted)
+        if wanted:
+            raise Preempted(wanted)
+
     def _interrupt(self) -> None:
         """Called between batches of an evaluation, where it may be given up for later."""
-        # processes have unequal numbers of batches, so that they could not agree here
-        if self.stop.wanted and self.run.world_size == 1:
-            raise Preempted(self.stop.wanted)
+        # processes have unequal numbers of batches, so that several could not agree here
+        if self.run.world_size == 1:
+            self._stop_if_asked()
 
     def _step(self, micro_batches: list[Batch]) -> dict[str, float | Tensor]:
-        """One optimizer step; returns what may be logged, unread."""
-        run = self.run
+        """One optimizer step, and the schedule's; returns what may be logged, unread."""
+        run, course = self.run, self.course
+        assert course is not None
         for strategy in self.batchers:
             micro_batches = [strategy.transform_batch(run, batch) for batch in micro_batches]
         self.cost.count_step(sum(batch.rows for batch in micro_batches))
         logs = self._backward(micro_batches)
+        logs["train/lr"] = course.schedule.get_last_lr()[0]
         parameters = list(run.trainable.values())
         run.accelerator.unscale_gradients(run.optimizer)
         if self.guard.skips(logs):
@@ -274,6 +278,8 @@ class Loop:
             logs["train/grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, limit)
         self.guard.watch(logs, micro_batches)
         run.optimizer.step()
+        if not run.optimizer.step_was_skipped:  # by the scaler of fp16
+            course.schedule.step()
         run.optimizer.zero_grad()
         for strategy in self.finishers:
             strategy.after_step(run)

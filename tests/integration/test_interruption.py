@@ -167,6 +167,25 @@ def test_asked_to_stop_it_saves_and_ends_in_the_same_bits(
     same_run(run_it(overrides, tmp_path / "run"), whole)
 
 
+def test_tasks_that_were_scored_are_not_scored_again(
+    finished: Finished, tiny: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = tiny("finetune")
+    # row 0 has three tasks, row 1 two; the signal comes in the second of them
+    with signalled(Evaluator, "_ranked", 5, signal.SIGTERM):
+        run_it(overrides, tmp_path, interrupted=True)
+    original, calls = Evaluator._ranked, 0
+
+    def ranked(self: Evaluator, *given: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return original(self, *given)
+
+    monkeypatch.setattr(Evaluator, "_ranked", ranked)
+    same_run(run_it(overrides, tmp_path), finished("finetune"))
+    assert calls == 1 + 3 + 3
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
 def test_each_signal_is_named(
     tiny: Overrides, tmp_path: Path, number: signal.Signals, capfd: pytest.CaptureFixture[str]
