@@ -170,7 +170,7 @@ def test_asked_to_stop_it_saves_and_ends_in_the_same_bits(
 def test_tasks_that_were_scored_are_not_scored_again(
     finished: Finished, tiny: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    overrides = tiny("finetune")
+    whole, overrides = finished("finetune"), tiny("finetune")
     # row 0 has three tasks, row 1 two; the signal comes in the second of them
     with signalled(Evaluator, "_ranked", 5, signal.SIGTERM):
         run_it(overrides, tmp_path, interrupted=True)
@@ -182,7 +182,7 @@ def test_tasks_that_were_scored_are_not_scored_again(
         return original(self, *given)
 
     monkeypatch.setattr(Evaluator, "_ranked", ranked)
-    same_run(run_it(overrides, tmp_path), finished("finetune"))
+    same_run(run_it(overrides, tmp_path), whole)
     assert calls == 1 + 3 + 3
 
 
