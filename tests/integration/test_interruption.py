@@ -254,3 +254,18 @@ def test_checkpoint_of_another_config_is_refused(tiny: Overrides, tmp_path: Path
     with pytest.raises(ConfigError, match=r"optimizer.lr is 0.01 there and 0.005 here"):
         run_it(other, tmp_path / "two")
     assert compose_only(other).optimizer.lr == 5e-3
+
+
+def test_wandb_goes_on_under_the_same_id(
+    tiny: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    overrides = tiny("finetune", "tracking.wandb.mode=offline", "stream.num_tasks=2")
+    with signalled(Loop, "_backward", 11, signal.SIGTERM):
+        run_it(overrides, tmp_path, interrupted=True)
+    identifier = (tmp_path / "wandb" / "run_id.txt").read_text()
+    run_it(overrides, tmp_path)
+
+    assert (tmp_path / "wandb" / "run_id.txt").read_text() == identifier
+    kept = {path.name.split("-")[-1] for path in (tmp_path / "wandb").glob("offline-run-*")}
+    assert kept == {identifier.strip()}
