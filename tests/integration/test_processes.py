@@ -30,6 +30,7 @@ SEVERAL = [name for name in NAMES if STRATEGIES[name].target.supports_multi_proc
 COMPARABLE = (
     *("peft.dropout=0", "optimizer=sgd", "optimizer.lr=0.1", "optimizer.momentum=0.9"),
     "stream.num_tasks=2",
+    "evaluation.batch_size=6",  # three batches, unequally shared
 )
 
 Overrides = Callable[..., list[str]]
