@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from clpeft.composition import settle
 from clpeft.config import Config, ConfigError
+from clpeft.processes import is_main
 from clpeft.rundir import RunDirectory
 from clpeft.stopping import StopRequests
 
@@ -63,6 +64,8 @@ def launch(composed: DictConfig, directory: Path) -> float | None:
     except ConfigError:
         record.discard_if_empty()
         raise
+    if not is_main():
+        return _assist(config, composed, record)
     with record.claimed():
         if config.force:
             record.clear()
@@ -74,6 +77,20 @@ def launch(composed: DictConfig, directory: Path) -> float | None:
                 show_results(results)
             else:
                 results = _carry_out(config, composed, record)
+    return results["metrics"].get("average_accuracy")
+
+
+def _assist(config: Config, composed: DictConfig, record: RunDirectory) -> float | None:
+    """What the other processes of a run do: train along, and write nothing."""
+    from clpeft.experiment import run_experiment
+
+    if record.status.get("status") == "completed" and not config.force:
+        return None
+    quiet_libraries()
+    keep_libraries()
+    stop = StopRequests()
+    with stop.listening():
+        results = run_experiment(config, composed, record.path, stop)
     return results["metrics"].get("average_accuracy")
 
 
