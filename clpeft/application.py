@@ -27,6 +27,7 @@ def run_application(overrides: Sequence[str]) -> int:
 
     from clpeft.composition import explain, register_schemas
     from clpeft.launching import run_composed
+    from clpeft.stopping import Preempted
 
     sys.argv = ["clpeft", *overrides]
     wants_trace = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
@@ -55,6 +56,8 @@ def run_application(overrides: Sequence[str]) -> int:
     register_schemas()
     try:
         main(config_path="pkg://clpeft.conf", config_name="config", version_base="1.3")(job)()
+    except Preempted as asked:
+        return asked.exit_code
     except KeyboardInterrupt:
         return 130
     except Exception as error:

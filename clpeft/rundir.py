@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from clpeft import slurm
 from clpeft.config import ConfigError, run_name
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 RESULTS_SCHEMA = 1  # of results.json; raised when a reader of old files would be misled
 # what a run writes, Hydra's own files among them
 LEFT_BY_A_RUN = (
-    *("config.yaml", "status.json", "results.json", "history.jsonl", "run.log"),
+    *("config.yaml", "status.json", "results.json", "history.jsonl", "run.log", "slurm.log"),
     *("checkpoints", "adapters", "wandb", "tensorboard", ".hydra"),
 )
 LOCK = ".lock"
@@ -184,7 +185,7 @@ class RunDirectory:
         try:
             yield
         except KeyboardInterrupt as asked:  # Preempted among them
-            reason = str(asked) or "interrupted (Ctrl-C); the same command continues it"
+            reason = slurm.reason(asked, job_id()) or str(asked) or "interrupted (Ctrl-C); the same command continues it"
             self._tell(status | {"status": "preempted", "reason": reason, "ended": time.time()})
             log.warning("%s: %s", self.path, reason)
             raise
