@@ -13,14 +13,14 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from clpeft.config import Config, ConfigError, nearest, run_name
+from clpeft.config import Config, ConfigError, nearest
 from clpeft.registry import PEFT_METHODS, STRATEGIES, STREAMS
 from clpeft.slurm import SlurmSettings
 from clpeft.strategies.base import Strategy, defines
 
 
 def register_schemas() -> None:
-    """Gives Hydra the schemas of everything that can be chosen, and the run's name as resolver."""
+    """Gives Hydra the schemas of everything that can be chosen."""
     store = ConfigStore.instance()
     store.store(group="schema", name="root", node=Config)
     store.store(group="schema", name="slurm", node=SlurmSettings)
@@ -33,11 +33,6 @@ def register_schemas() -> None:
         if not (shipped / f"{entry.name}.yaml").is_file():
             package = f"strategies.{entry.name}"
             store.store(group="strategy", name=entry.name, node=entry.config, package=package)
-    OmegaConf.register_new_resolver("clpeft.run_name", _run_name_of_root, replace=True)
-
-
-def _run_name_of_root(*, _root_: DictConfig) -> str:
-    return f"{_root_.stream.name}/{run_name(_root_)}"
 
 
 def settle(composed: DictConfig) -> Config:

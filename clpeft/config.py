@@ -234,3 +234,11 @@ def run_name(config: DictConfig) -> str:
     """A readable name that two different configs never share: `<strategies>-s<seed>-<digest>`."""
     strategies = "+".join(config.strategies)
     return f"{strategies}-s{config.seed}-{digest(config, [*RESULT_KEYS, 'seed'])}"
+
+
+def _run_name_of_root(*, _root_: DictConfig) -> str:
+    return f"{_root_.stream.name}/{run_name(_root_)}"
+
+
+# on import, so that a launcher's worker process, which composes its run anew, knows it too
+OmegaConf.register_new_resolver("clpeft.run_name", _run_name_of_root, replace=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -36,6 +37,7 @@ LEFT_BY_A_RUN = (
     *("checkpoints", "adapters", "wandb", "tensorboard", ".hydra"),
 )
 LOCK = ".lock"
+KILLED = "killed"  # what becomes of a run without a word in its status.json
 # how long a claim is waited for: no longer than somebody takes who only looks whether it is held
 LOCK_SECONDS = 1.0
 PACKAGES = ("clpeft", "torch", "transformers", "peft", "accelerate", "datasets", "hydra-core")
@@ -142,18 +144,34 @@ class RunDirectory:
 
     @property
     def is_claimed(self) -> bool:
-        """Whether a process works in the directory right now."""
-        if not (self.path / LOCK).exists():
-            return False
-        lock = FileLock(self.path / LOCK, timeout=0)
+        """Whether a process works in the directory right now; looking changes nothing in it."""
         try:
-            lock.acquire()
-        except Timeout:
-            return True
-        except OSError:  # not ours to write; then it is not ours to doubt either
+            looking = os.open(self.path / LOCK, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        except OSError:  # not ours to read; then it is not ours to doubt either
             return self.status.get("status") == "running"
-        lock.release()
+        try:
+            # a shared lock, given back at once: whoever claims the directory waits longer than that
+            fcntl.flock(looking, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # a file system without locks
+            return self.status.get("status") == "running"
+        finally:
+            os.close(looking)
         return False
+
+    @property
+    def was_killed(self) -> bool:
+        """Whether the run calls itself running although no process works in the directory."""
+        if self.status.get("status") != "running" or self.is_claimed:
+            return False
+        status = self.status  # again: it may have ended in between, and then says how
+        if status.get("status") != "running":
+            return False
+        # a directory from before there were locks
+        return (self.path / LOCK).exists() or _process_is_gone(status)
 
     def queue(self, **facts: Any) -> None:
         """Notes that a batch system is to run this.
@@ -238,6 +256,20 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except FileNotFoundError:  # no git on this machine
         return None
     return found.stdout.strip() if found.returncode == 0 else None
+
+
+def _process_is_gone(status: dict[str, Any]) -> bool:
+    """Whether the process of a run has ended; False where that cannot be known."""
+    process = status.get("process")
+    if not isinstance(process, int) or status.get("host") != socket.gethostname():
+        return False
+    try:
+        os.kill(process, 0)  # signal 0 asks whether it is there and does nothing to it
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
 
 
 def _read(path: Path) -> dict[str, Any]:

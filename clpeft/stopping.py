@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -32,6 +32,10 @@ class Preempted(KeyboardInterrupt):
         by = "Ctrl-C" if self.signal == signal.SIGINT else self.signal.name
         super().__init__(f"stopped by {by}; the same command, or clpeft resume, continues it")
 
+    def __reduce__(self) -> tuple[type[Preempted], tuple[int]]:
+        # from a worker process to the one that started it
+        return type(self), (int(self.signal),)
+
 
 class StopRequests:
     """Whether this process was asked to stop.
@@ -51,6 +55,17 @@ class StopRequests:
         A signal that the process ignores (SIGINT in a background job) stays ignored. Only the main
         thread can take signals over; elsewhere nothing is done.
         """
+        with self.handling(self._heard):
+            yield
+
+    @staticmethod
+    @contextmanager
+    def handling(heard: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+        """As `listening`, with another handler.
+
+        Args:
+            heard: What is called with the signal's number.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -60,7 +75,7 @@ class StopRequests:
             if signal.getsignal(number) is not signal.SIG_IGN
         }
         for number in before:
-            signal.signal(number, self._heard)
+            signal.signal(number, heard)
         try:
             yield
         finally:

@@ -21,6 +21,7 @@ from clpeft import slurm
 from clpeft.composition import check_fields, explain, register_schemas
 from clpeft.config import ConfigError
 from clpeft.launching import check
+from clpeft.outcomes import shown
 from clpeft.rundir import RunDirectory
 from clpeft.slurm import SlurmSettings
 from clpeft.sweeps import Planned, runs_of
@@ -279,9 +280,3 @@ def _count(runs: Sequence[Planned]) -> str:
 def _common(planned: Sequence[Planned]) -> Path:
     """What all runs lie below."""
     return Path(os.path.commonpath([run.directory.parent for run in planned]))
-
-
-def shown(directory: Path) -> str:
-    """A directory as it is shorter to read and can be pasted: relative where it lies below here."""
-    here = Path.cwd()
-    return str(directory.relative_to(here) if directory.is_relative_to(here) else directory)

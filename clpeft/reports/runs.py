@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,8 @@ import yaml
 
 from clpeft.config import ConfigError
 from clpeft.evaluation.metrics import compute_metrics
-from clpeft.rundir import RESULTS_SCHEMA
+from clpeft.outcomes import last_line
+from clpeft.rundir import KILLED, RESULTS_SCHEMA, RunDirectory
 
 RESULTS, STATUS, CONFIG = "results.json", "status.json", "config.yaml"
 STATES = ("queued", "running", "completed", "failed", "preempted")
@@ -74,7 +74,7 @@ class Run:
 
 @dataclass(frozen=True)
 class UnfinishedRun:
-    """A run directory without a result that counts: failed, running, queued or preempted."""
+    """A run directory without a result: failed, killed, preempted, running or queued."""
 
     directory: Path
     state: str
@@ -147,12 +147,6 @@ def run_directories(directories: Sequence[Path], exclude: Path | None = None) ->
     yield from sorted(found)
 
 
-def last_line(text: str) -> str:
-    """The last line of a traceback that says something."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else ""
-
-
 def _load_directory(directory: Path, collection: Collection) -> None:
     notes = collection.notes
     config = _optional(directory / CONFIG, _read_yaml, notes)
@@ -185,8 +179,10 @@ def _unfinished(
     message = next((line for line in lines if line), "")
     if state == "completed":
         message = f"completed, but there is no {RESULTS}"
-    if state == "running" and _process_is_gone(status):
-        message = f"its process {status['process']} is gone: it was killed"
+    if state == "running" and RunDirectory(directory).was_killed:
+        state = KILLED
+        gone = f"process {status.get('process', '?')} on {status.get('host', '?')}"
+        message = f"its {gone} is gone; the same command continues it"
     strategies = config.get("strategies")
     seed = config.get("seed")
     return UnfinishedRun(
@@ -203,20 +199,6 @@ def _unfinished(
 
 def _time(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) else None
-
-
-def _process_is_gone(status: dict[str, Any]) -> bool:
-    """Whether a run that calls itself running was killed; False where that cannot be known."""
-    process = status.get("process")
-    if not isinstance(process, int) or status.get("host") != socket.gethostname():
-        return False
-    try:
-        os.kill(process, 0)  # signal 0 asks whether it is there and does nothing to it
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
 
 
 def _optional(path: Path, read: Any, notes: list[Note]) -> dict[str, Any]:
