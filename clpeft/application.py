@@ -110,8 +110,8 @@ def run_application(overrides: Sequence[str]) -> int:
 
     Returns:
         The exit code: 1 after a mistake in the command line, told in one sentence, and after a
-        sweep in which a run failed or was left undone; 128 and the number of the signal if it was stopped. A sweep ends with
-        what became of its runs.
+        sweep in which a run failed or was left undone; 128 and the number of the signal if one
+        stopped it. A sweep ends with what became of its runs.
     """
     from hydra import main
 

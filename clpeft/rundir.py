@@ -203,7 +203,11 @@ class RunDirectory:
         try:
             yield
         except KeyboardInterrupt as asked:  # Preempted among them
-            reason = slurm.reason(asked, job_id()) or str(asked) or "interrupted (Ctrl-C); the same command continues it"
+            reason = (
+                slurm.reason(asked, job_id())
+                or str(asked)
+                or "interrupted (Ctrl-C); the same command continues it"
+            )
             self._tell(status | {"status": "preempted", "reason": reason, "ended": time.time()})
             log.warning("%s: %s", self.path, reason)
             raise

@@ -58,11 +58,8 @@ def submit(overrides: Sequence[str], *, dry_run: bool = False) -> int:
             then.
     """
     planned, settings = _compose(overrides)
-    if not dry_run and shutil.which("sbatch") is None:
-        raise ConfigError(
-            "sbatch is not found, so this machine cannot submit to SLURM; submit from one that "
-            "can, or run here with clpeft -m."
-        )
+    if not dry_run:
+        require_sbatch()
     for run in planned:
         check(run.composed, run.directory)
     _check_apart(planned)
@@ -71,7 +68,7 @@ def submit(overrides: Sequence[str], *, dry_run: bool = False) -> int:
     if not runs.left:
         typer.echo("Nothing is left to submit.")
         return 0
-    folder = _new_folder(settings)
+    folder = new_folder(settings)
     script = batch_script(settings, folder, len(runs.left))
     if dry_run:
         typer.echo(f"Would submit {_count(runs.left)}:")
@@ -108,6 +105,19 @@ def _compose(overrides: Sequence[str]) -> tuple[list[Planned], SlurmSettings]:
         if sentence is None:
             raise
         raise ConfigError(sentence) from error
+
+
+def require_sbatch() -> None:
+    """Refuses a machine that cannot submit.
+
+    Raises:
+        ConfigError: If this is one.
+    """
+    if shutil.which("sbatch") is None:
+        raise ConfigError(
+            "sbatch is not found, so this machine cannot submit to SLURM; submit from one that "
+            "can, or run here with clpeft -m."
+        )
 
 
 def launcher_settings(whole: DictConfig) -> SlurmSettings:
@@ -226,11 +236,12 @@ def batch_script(settings: SlurmSettings, folder: Path, runs: int) -> str:
         # B: to the batch shell, which by then is the run; without it only to what srun started
         "signal": f"B:USR1@{settings.signal_delay_s}",
     }
+    directories = shlex.quote(str(folder / DIRECTORIES))
     lines = [
         "#!/bin/bash",
         *(_directive(option, value) for option, value in options.items()),
-        "set -eu",
-        f"directory=$(sed -n \"$((SLURM_ARRAY_TASK_ID + 1))p\" {shlex.quote(str(folder / DIRECTORIES))})",
+        "set -e",
+        f'directory=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {directories})',
         'echo "$directory"',
         f'exec >>"$directory/{OWN_LOG}" 2>&1',
         *settings.setup,
@@ -241,7 +252,7 @@ def batch_script(settings: SlurmSettings, folder: Path, runs: int) -> str:
             "# else the launcher dies of the signal that is meant for the run",
             "export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",
             f"exec {python} -m accelerate.commands.launch --multi_gpu --num_machines 1 \\",
-            f"    --num_processes {settings.gpus_per_node} --module clpeft resume \"$directory\"",
+            f'    --num_processes {settings.gpus_per_node} --module clpeft resume "$directory"',
         ]
     else:
         lines.append(f'exec {python} -m clpeft resume "$directory"')
@@ -253,7 +264,7 @@ def _directive(option: str, value: Any) -> str:
     return text if value is True else f"{text}={shlex.quote(str(value))}"
 
 
-def _new_folder(settings: SlurmSettings) -> Path:
+def new_folder(settings: SlurmSettings) -> Path:
     """A folder that no submission has used yet; not made."""
     base = Path(os.path.abspath(settings.folder)) / time.strftime("%Y%m%d-%H%M%S")
     folder, number = base, 1
