@@ -10,6 +10,8 @@ from importlib import resources
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.object_type import ObjectType
+from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
@@ -17,6 +19,22 @@ from clpeft.config import Config, ConfigError, nearest
 from clpeft.registry import PEFT_METHODS, STRATEGIES, STREAMS
 from clpeft.slurm import SlurmSettings
 from clpeft.strategies.base import Strategy, defines
+
+# what Hydra's plugins are set to here, where they are installed: group → option → values
+PLUGIN_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
+    "hydra/launcher": {
+        # more at once are for whoever knows the machine's memory; and one run after the other to
+        # each process, because joblib would hand out several together after completed ones
+        "joblib": {"n_jobs": 2, "batch_size": "1"},
+    },
+    "hydra/sweeper": {
+        # the others go on when one fails; n_jobs is how many are chosen before any is scored
+        "optuna": {"direction": "maximize", "max_failure_rate": 1.0, "n_jobs": 1},
+    },
+    # with a seed, the same command asks for the same settings, and so goes on where it stopped
+    "hydra/sweeper/sampler": {"tpe": {"seed": 0}, "random": {"seed": 0}},
+}
+SWEEP_EXTRA = {("hydra/launcher", "joblib"), ("hydra/sweeper", "optuna")}
 
 
 def register_schemas() -> None:
@@ -33,6 +51,18 @@ def register_schemas() -> None:
         if not (shipped / f"{entry.name}.yaml").is_file():
             package = f"strategies.{entry.name}"
             store.store(group="strategy", name=entry.name, node=entry.config, package=package)
+    _set_plugin_defaults(store)
+
+
+def _set_plugin_defaults(store: ConfigStore) -> None:
+    Plugins.instance()  # finds the plugins that are installed, which store their own defaults
+    for group, options in PLUGIN_DEFAULTS.items():
+        for name, values in options.items():
+            path = f"{group}/{name}.yaml"
+            if store.get_type(path) == ObjectType.CONFIG:
+                stored = store.load(path)
+                stored.node.merge_with(values)
+                store.store(name, stored.node, group, stored.package, stored.provider)
 
 
 def settle(composed: DictConfig) -> Config:
@@ -241,6 +271,11 @@ def explain(error: Exception) -> str | None:
         return _unknown_key(unknown.group(1))
     if choice := re.search(r"Could not find '([\w/-]+)/([^/']+)'", text):
         group, name = choice.groups()
+        if (group, name) in SWEEP_EXTRA:
+            return (
+                f"{group}={name} needs packages that are not installed: "
+                f"pip install 'clpeft[sweep]'."
+            )
         options = re.findall(r"^\t(\S+)$", text, flags=re.MULTILINE)
         return f"{group}={name} does not exist.{nearest(name, options)}"
     if choice := re.search(r"Could not load '([\w/-]+)/([^/']+)'", text):  # one of several

@@ -155,10 +155,10 @@ class WatchedLauncher(Launcher):
         """The processes that work on runs of this sweep and were started by this one."""
         import psutil
 
-        ours = {child.pid for child in psutil.Process().children(recursive=True)}
         records = [RunDirectory(run.directory) for run in self._sweep.planned]
-        working = [record.status.get("process") for record in records if record.is_claimed]
-        return [process for process in working if process in ours]
+        working = {record.status.get("process") for record in records if record.is_claimed}
+        children = psutil.Process().children(recursive=True)
+        return [child.pid for child in children if child.pid in working]
 
 
 def _check_chosen_by(run: Planned) -> None:
