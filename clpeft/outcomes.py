@@ -34,8 +34,7 @@ def outcome_of(directory: Path) -> Outcome:
     if not status:
         return Outcome(directory, "not started")
     if killed:
-        gone = f"process {status.get('process', '?')} on {status.get('host', '?')}"
-        return Outcome(directory, KILLED, f"its {gone} is gone")
+        return Outcome(directory, KILLED, f"its {record.worker} is gone")
     state = str(status.get("status"))
     return Outcome(directory, state, _told(state, status))
 

@@ -8,9 +8,11 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import lru_cache
 from typing import Any
 
 from omegaconf import MISSING
@@ -113,15 +115,46 @@ def states(jobs: Iterable[str]) -> dict[str, str]:
     wanted = set(jobs)
     if not wanted:
         return {}
-    arrays = ",".join(sorted({job.partition("_")[0] for job in wanted}))
+    found = _squeue(",".join(sorted({job.partition("_")[0] for job in wanted})))
+    return {job: state for job, state in found.items() if job in wanted}
+
+
+def _squeue(arrays: str) -> dict[str, str]:
     try:
         told = call("squeue", "--noheader", "--array", "--format=%i %T", f"--jobs={arrays}")
     except ConfigError as error:
         if "Invalid job id" in str(error):  # SLURM has forgotten the only one that was asked for
             return {}
         raise
-    found = dict(line.split(maxsplit=1) for line in told.splitlines() if line.strip())
-    return {job: state for job, state in found.items() if job in wanted}
+    return dict(line.split(maxsplit=1) for line in told.splitlines() if line.strip())
+
+
+def is_here() -> bool:
+    """Whether there is a SLURM to ask."""
+    return shutil.which("squeue") is not None
+
+
+def is_in_queue(job: str) -> bool:
+    """Whether a job waits, runs or is about to end.
+
+    Args:
+        job: Its id.
+
+    Returns:
+        False where there is no SLURM to ask; True if it does not answer, because then the job has
+        to be taken for alive.
+    """
+    try:
+        return is_here() and job in _array(job.partition("_")[0], round(time.monotonic()))
+    except ConfigError as error:
+        log.warning("%s", error)
+        return True
+
+
+@lru_cache(maxsize=256)
+def _array(job: str, now: int) -> frozenset[str]:
+    """The elements of an array that are in the queue; asked once a second for all of them."""
+    return frozenset(_squeue(job))
 
 
 def why_ended(job: str, restarts: int) -> str | None:

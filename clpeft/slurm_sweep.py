@@ -80,8 +80,8 @@ def run_on_slurm(
         first: Number of the first of them.
 
     Returns:
-        One answer per run. A run that could not be started, or left no word of how it ended, is
-        given as failed; what became of the others stands in their directories.
+        One answer per run. A run that was refused is given as failed; what became of the others
+        stands in their directories.
 
     Raises:
         ConfigError: If SLURM does not take the job.
@@ -165,15 +165,7 @@ def _answer(run: Planned, refused: Exception | None) -> JobReturn:
         return answer
     record = RunDirectory(run.directory)
     deadline = time.monotonic() + LAST_WORDS_SECONDS
-    while record.status.get("status") == "queued" and time.monotonic() < deadline:
+    while record.was_killed and time.monotonic() < deadline:
         time.sleep(0.5)
-    status = record.status
-    if status.get("status") == "queued":
-        lost = RuntimeError(
-            f"its SLURM job {status.get('job_id')} ended before the run began; see "
-            f"{run.directory / OWN_LOG}, and scontrol show job {status.get('job_id')}"
-        )
-        answer.status, answer.return_value = JobStatus.FAILED, lost
-        return answer
     answer.return_value = record.results.get("metrics", {}).get("average_accuracy")
     return answer
