@@ -51,18 +51,21 @@ def resume(directory: Path) -> None:
 
 @app.command(context_settings={"ignore_unknown_options": True})
 def submit(
-    overrides: Annotated[list[str], typer.Argument(metavar="KEY=VALUE...")],
-    dry_run: Annotated[bool, typer.Option(help="Say what would be submitted, and stop.")] = False,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be submitted, and stop.")
+    ] = False,
 ) -> None:
     """Submit a sweep to SLURM as one array job, and return at once.
 
-    Takes the overrides of `clpeft -m`; what the jobs ask of the cluster is hydra.launcher.partition
-    and its neighbours (`clpeft list hydra/launcher`). Repeated, it submits what is not completed.
+    Takes the overrides of `clpeft -m`; `hydra.launcher.partition` and its neighbours are what the
+    jobs ask of the cluster. Repeated, it submits what is not completed.
     """
     from clpeft.submission import submit as submit_sweep
 
+    given = [override for override in overrides or [] if override not in MULTIRUN_FLAGS]
     try:
-        code = submit_sweep([o for o in overrides if o not in MULTIRUN_FLAGS], dry_run=dry_run)
+        code = submit_sweep(given, dry_run=dry_run)
     except Exception as error:
         _refuse(error)
     sys.exit(code)

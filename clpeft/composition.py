@@ -348,7 +348,7 @@ def _all_keys() -> set[str]:
         return found
 
     groups = {"model", "peft", "strategy", "stream", "optimizer", "scheduler", "training"}
-    found = keys(Config, "") | groups
+    found = keys(Config, "") | keys(SlurmSettings, "hydra.launcher.") | groups
     for entry in (*PEFT_METHODS, *STREAMS):
         found |= keys(entry.config, "peft." if entry in list(PEFT_METHODS) else "stream.")
     return found

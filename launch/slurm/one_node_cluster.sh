@@ -14,8 +14,8 @@ DIR=${ONE_NODE_DIR:-/var/lib/one-node-slurm}
 CONF=/etc/slurm/slurm.conf
 MARK='# written by one_node_cluster.sh'
 SECONDS_TO_WAIT=60
-# more than a small machine has, so that two tiny runs and a step inside them find room at once
-CPUS=$(($(nproc) > 4 ? $(nproc) : 4))
+# more than a small machine has: tiny runs find room at once, and batch files as they stand
+CPUS=$(($(nproc) > 32 ? $(nproc) : 32))
 
 say() { echo "one-node cluster: $*"; }
 fail() {
@@ -41,7 +41,7 @@ configure() {
         fail "$CONF belongs to another cluster; remove it if this machine is not part of one."
     fi
     local memory
-    memory=$(awk '/^MemTotal/ {print int($2 / 1024)}' /proc/meminfo)
+    memory=$((1024 * 1024)) # nothing is enforced
     mkdir -p "$DIR/state" "$DIR/spool" /etc/slurm
     cat >"$CONF" <<CONFIG
 $MARK
@@ -77,12 +77,22 @@ SlurmctldLogFile=$DIR/slurmctld.log
 SlurmdLogFile=$DIR/slurmd.log
 StateSaveLocation=$DIR/state
 SlurmdSpoolDir=$DIR/spool
-NodeName=localhost NodeAddr=127.0.0.1 CPUs=$CPUS RealMemory=$memory State=UNKNOWN
+# GPUs in name only, so that a batch file that asks for some is tried as it stands
+GresTypes=gpu
+NodeName=localhost NodeAddr=127.0.0.1 CPUs=$CPUS RealMemory=$memory Gres=gpu:4 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 CONFIG
+    {
+        echo "$MARK"
+        for device in null zero full random; do echo "Name=gpu File=/dev/$device"; done
+    } >/etc/slurm/gres.conf
 }
 
-alive() { [[ -f $1 ]] && kill -0 "$(cat "$1")" 2>/dev/null; }
+# alive PIDFILE: a zombie is not, which a container without an init process may keep for ever
+alive() {
+    local pid
+    pid=$(cat "$1" 2>/dev/null) && [[ -n $pid ]] && grep -q '^State:[[:space:]]*[^Z]' "/proc/$pid/status" 2>/dev/null
+}
 
 # wait_until WHAT COMMAND...: COMMAND is tried every fifth of a second
 wait_until() {
@@ -95,9 +105,18 @@ wait_until() {
 }
 
 munge_works() { munge --no-input 2>/dev/null | unmunge >/dev/null 2>&1; }
-is_idle() { sinfo --noheader --format=%T 2>/dev/null | grep -qE '^(idle|mixed|allocated|completing)$'; }
+works() { [[ $1 =~ ^(idle|mixed|allocated|completing)$ ]]; }
+is_idle() {
+    local state
+    state=$(sinfo --noheader --format=%T 2>/dev/null) || return 1
+    works "$state" && return
+    # what it was found unfit for before a stop may be mended by now
+    if [[ $state =~ ^(drain|down) ]]; then
+        scontrol update NodeName=localhost State=RESUME 2>/dev/null || true
+    fi
+    return 1
+}
 no_jobs() { [[ -z $(squeue --noheader 2>/dev/null) ]]; }
-is_gone() { ! alive "$1"; }
 
 start() {
     as_root
@@ -124,10 +143,11 @@ start() {
 # end NAME PIDFILE: SIGTERM, and SIGKILL if that does not help
 end() {
     alive "$2" || return 0
-    kill "$(cat "$2")"
-    local deadline=$((SECONDS + 15))
-    until is_gone "$2"; do
-        if ((SECONDS >= deadline)); then kill -KILL "$(cat "$2")" && break; fi
+    local pid deadline=$((SECONDS + 15))
+    pid=$(cat "$2")
+    kill "$pid"
+    while alive "$2"; do
+        if ((SECONDS >= deadline)); then kill -KILL "$pid" && break; fi
         sleep 0.2
     done
     rm -f "$2"
