@@ -249,8 +249,9 @@ def batch_script(settings: SlurmSettings, folder: Path, runs: int) -> str:
     python = shlex.quote(sys.executable)
     if settings.gpus_per_node > 1:
         lines += [
-            "# else the launcher dies of the signal that is meant for the run",
+            "# else the launcher dies of the signal that is for the run, or does not wait for it",
             "export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",
+            f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={settings.signal_delay_s}",
             f"exec {python} -m accelerate.commands.launch --multi_gpu --num_machines 1 \\",
             f'    --num_processes {settings.gpus_per_node} --module clpeft resume "$directory"',
         ]

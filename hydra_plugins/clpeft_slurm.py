@@ -9,7 +9,7 @@ composes a run's config in the job, from whatever the working tree holds by then
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
+from importlib import util
 from typing import Any
 
 from hydra.core.utils import JobReturn
@@ -40,7 +40,7 @@ class SlurmLauncher(Launcher):
         from clpeft.config import ConfigError
         from clpeft.submission import launcher_settings, require_sbatch
 
-        if find_spec("submitit") is None:
+        if util.find_spec("submitit") is None:
             raise ConfigError(
                 "hydra/launcher=slurm needs submitit, which is not installed: "
                 "pip install 'clpeft[slurm]'; clpeft submit works without it."
