@@ -27,7 +27,7 @@ def config_of(overrides: list[str]) -> Config:
 def loop_of(config: Config, directory: Path, observer: Observer | None = None) -> Loop:
     """A loop that is ready to train."""
     run = build_run(config, directory)
-    checkpoints = Checkpoints(directory, config.training.checkpoint)
+    checkpoints = Checkpoints(directory, config.training.checkpoint, {})
     loop = make_loop(run, observer or Observer(), checkpoints, StopRequests())
     for strategy in run.strategies:
         strategy.setup(run)

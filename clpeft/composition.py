@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from collections.abc import Mapping
 from importlib import resources
@@ -15,7 +14,8 @@ from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from clpeft.config import Config, ConfigError, nearest
+from clpeft.config import Config, ConfigError, RunError, nearest
+from clpeft.processes import sharding, world_size
 from clpeft.registry import PEFT_METHODS, STRATEGIES, STREAMS
 from clpeft.slurm import SlurmSettings
 from clpeft.strategies.base import Strategy, defines
@@ -243,10 +243,16 @@ def _check_capabilities(config: Config, name: str, cls: type[Strategy]) -> None:
             f"The strategy '{name}' does not work with training.gradient_accumulation="
             f"{config.training.gradient_accumulation}; set it to 1 and raise training.batch_size."
         )
-    if not cls.supports_multi_process and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if (shards := sharding()) is not None and shards not in cls.supports_sharding:
+        known = ", ".join(sorted(cls.supports_sharding)) or "none yet"
+        raise ConfigError(
+            f"The strategy '{name}' is not known to work with a model in shards ({shards} was "
+            f"asked for; it works with: {known}); start it with launch/accelerate/ddp.yaml."
+        )
+    if not cls.supports_multi_process and world_size() > 1:
         raise ConfigError(
             f"The strategy '{name}' is not known to give the same result on several processes; "
-            f"start it with one process (WORLD_SIZE is {os.environ['WORLD_SIZE']})."
+            f"start it with one process (WORLD_SIZE is {world_size()})."
         )
 
 
@@ -259,7 +265,7 @@ def explain(error: Exception) -> str | None:
     Returns:
         The sentence; None if the error is not about the config.
     """
-    if isinstance(error, ConfigError):
+    if isinstance(error, ConfigError | RunError):
         return str(error)
     text = str(error)
     cause = error.__cause__ if isinstance(error.__cause__, Exception) else None

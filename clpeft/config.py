@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,10 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 class ConfigError(ValueError):
     """A mistake in what the user asked for, told in one sentence."""
+
+
+class RunError(RuntimeError):
+    """What a run cannot go on for, told in one sentence."""
 
 
 def nearest(name: str, options: Iterable[str]) -> str:
@@ -110,9 +114,11 @@ class SchedulerConfig:
 
 @dataclass
 class CheckpointConfig:
-    """What is kept to continue a run that was stopped."""
+    """What is kept to continue a run that was stopped; at task boundaries in any case."""
 
     enabled: bool = True
+    every_steps: int | None = at_least(1, default=None)  # optimizer steps, within tasks too
+    every_minutes: float | None = above(0, default=None)  # of wall time, likewise
     keep: int = at_least(1, default=2)  # the newest N
 
 
@@ -129,6 +135,7 @@ class TrainingConfig:
     max_grad_norm: float | None = above(0, default=None)  # null: no clipping
     precision: str = one_of("no", "bf16", "fp16")
     gradient_checkpointing: bool = MISSING
+    on_nan: str = one_of("stop", "skip")  # a loss or gradient that is not finite
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
 
@@ -218,6 +225,12 @@ def digest(config: DictConfig, keys: Iterable[str]) -> str:
     Returns:
         Eight hexadecimal digits.
     """
+    content = _content(config, keys)
+    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:8]
+
+
+def _content(config: DictConfig, keys: Iterable[str]) -> dict[str, Any]:
+    """Some parts of a config, plain, without what cannot change a result."""
     content: dict[str, Any] = {}
     for key in keys:
         # part by part: the whole holds the run directory's name, which is made from this digest
@@ -227,7 +240,37 @@ def digest(config: DictConfig, keys: Iterable[str]) -> str:
     if "training" in content:
         # how often a run is saved cannot change what it computes
         content["training"] = {k: v for k, v in content["training"].items() if k != "checkpoint"}
-    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:8]
+    return content
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """A nested config as `{"optimizer.lr": "0.001", ...}`, values as a command line has them."""
+    flat: dict[str, str] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value)
+    return flat
+
+
+def result_settings(config: DictConfig) -> dict[str, str]:
+    """The part of a composed config that can change a run's result, flat."""
+    return flatten(_content(config, [*RESULT_KEYS, "seed"]))
+
+
+def differences(one: Mapping[str, str], other: Mapping[str, str]) -> str:
+    """What two flat configs do not share, as `optimizer.lr is 0.1 there and 0.2 here`.
+
+    Args:
+        one: "There".
+        other: "Here".
+    """
+    keys = sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
+    return ", ".join(
+        f"{key} is {one.get(key, 'not set')} there and {other.get(key, 'not set')} here"
+        for key in keys
+    )
 
 
 def run_name(config: DictConfig) -> str:

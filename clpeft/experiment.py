@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from omegaconf import DictConfig
 
-from clpeft.config import Config
+from clpeft.config import Config, result_settings
 from clpeft.evaluation.evaluator import Evaluator
 from clpeft.models.load import (
     base_name,
@@ -28,6 +26,7 @@ from clpeft.streams.tokenize import encode_stream
 from clpeft.tracking.base import Observer, Observers
 from clpeft.tracking.build import build_observers, describe
 from clpeft.tracking.history import HistoryObserver
+from clpeft.training.accelerator import make_accelerator
 from clpeft.training.checkpoint import Checkpoints, restore
 from clpeft.training.cost import Cost
 from clpeft.training.loop import Loop
@@ -50,11 +49,15 @@ def run_experiment(
         What results.json holds.
     """
     run = build_run(config, directory)
-    checkpoints = Checkpoints(directory, config.training.checkpoint)
+    checkpoints = Checkpoints(directory, config.training.checkpoint, result_settings(composed))
+    run.accelerator.wait_for_everyone()  # the main process may be clearing the directory
     saved = checkpoints.newest()
-    history = HistoryObserver(directory, resume_at=saved["history"] if saved else 0)
-    checkpoints.history_position = history.position
-    observers = Observers([history, *build_observers(config.tracking, directory)])
+    watching: list[Observer] = []
+    if run.accelerator.is_main_process:
+        history = HistoryObserver(directory, resume_at=saved["history"] if saved else 0)
+        checkpoints.history_position = history.position
+        watching = [history, *build_observers(config.tracking, directory)]
+    observers = Observers(watching)
     loop = make_loop(run, observers, checkpoints, stop)
     exit_code, results = 1, None
     try:
@@ -62,7 +65,7 @@ def run_experiment(
             strategy.setup(run)
         if saved is not None:
             restore(loop, saved)
-        observers.on_run_start(describe(run, composed))
+        observers.on_run_start(describe(loop, composed, saved is not None))
         loop.train()
         results = collect(loop, composed)
         exit_code = 0
@@ -83,14 +86,13 @@ def make_loop(run: Run, observer: Observer, checkpoints: Checkpoints, stop: Stop
 
 def build_run(config: Config, directory: Path) -> Run:
     """Stream, tokenizer, model, adapter, strategies: each needs what stands before it."""
-    # an earlier run in this process, in a sweep, may have had another precision
-    AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision=config.training.precision)
+    accelerator = make_accelerator(config.training.precision)
     cache_dir = Path(config.paths.cache_dir).expanduser()
     stream = build_stream(config.stream, data_dir=config.paths.data_dir)
-    source = model_source(config.model, stream, cache_dir)
-    tokenizer = load_tokenizer(config.model, source)
-    encoded = encode_stream(stream, tokenizer, config.model.task_type, cache_dir=str(cache_dir))
+    with accelerator.main_process_first():  # which fills the caches for the others
+        source = model_source(config.model, stream, cache_dir)
+        tokenizer = load_tokenizer(config.model, source)
+        encoded = encode_stream(stream, tokenizer, config.model.task_type, cache_dir=str(cache_dir))
     # from here on the run's own draws: a new head, the adapter's first weights, dropout
     set_seed(config.seed)
     model, new = load_model(config.model, source, tokenizer, len(stream.label_names))

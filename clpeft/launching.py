@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from clpeft.composition import settle
 from clpeft.config import Config, ConfigError
+from clpeft.processes import is_main
 from clpeft.rundir import RunDirectory, job_id
 from clpeft.slurm import requeue_if_asked
 from clpeft.stopping import Preempted, StopRequests
@@ -61,6 +62,8 @@ def launch(composed: DictConfig, directory: Path) -> float | None:
     except ConfigError:
         record.discard_if_empty()
         raise
+    if not is_main():
+        return _assist(config, composed, record)
     try:
         with record.claimed():
             if config.force:
@@ -76,6 +79,20 @@ def launch(composed: DictConfig, directory: Path) -> float | None:
     except Preempted as asked:
         requeue_if_asked(asked, job_id())
         raise
+    return results["metrics"].get("average_accuracy")
+
+
+def _assist(config: Config, composed: DictConfig, record: RunDirectory) -> float | None:
+    """What the other processes of a run do: train along, and write nothing."""
+    from clpeft.experiment import run_experiment
+
+    if record.status.get("status") == "completed" and not config.force:
+        return None
+    quiet_libraries()
+    keep_libraries()
+    stop = StopRequests()
+    with stop.listening():
+        results = run_experiment(config, composed, record.path, stop)
     return results["metrics"].get("average_accuracy")
 
 

@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from clpeft import slurm
-from clpeft.config import ConfigError, run_name
+from clpeft.config import ConfigError, differences, result_settings, run_name
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,11 @@ LOCK = ".lock"
 KILLED = "killed"  # what becomes of a run without a word in its status.json
 # how long a claim is waited for: no longer than somebody takes who only looks whether it is held
 LOCK_SECONDS = 1.0
+# what reading something else in place of a run's config.yaml raises
+NOT_A_CONFIG = (
+    *(OSError, ValueError, KeyError, AttributeError, AssertionError),
+    *(OmegaConfBaseException, YAMLError),
+)
 PACKAGES = ("clpeft", "torch", "transformers", "peft", "accelerate", "datasets", "hydra-core")
 
 
@@ -68,15 +73,22 @@ class RunDirectory:
         return _read(self.path / "results.json")
 
     @property
-    def name(self) -> str | None:
-        """The name of the run that it was created for; None if it was not created yet."""
-        frozen = self.path / "config.yaml"
-        if not frozen.is_file():
+    def frozen(self) -> DictConfig | None:
+        """The config that it was created with; None if it was not created yet.
+
+        Raises:
+            ConfigError: If config.yaml is not the config of a run.
+        """
+        path = self.path / "config.yaml"
+        if not path.is_file():
             return None
         try:
-            return run_name(OmegaConf.load(frozen))  # type: ignore[arg-type]
-        except (OSError, ValueError, KeyError, AttributeError, OmegaConfBaseException, YAMLError):
-            return "something that is no run"
+            loaded = OmegaConf.load(path)
+            assert isinstance(loaded, DictConfig)
+            run_name(loaded)
+        except NOT_A_CONFIG as error:
+            raise ConfigError(f"{path} is not the config of a run ({error}).") from error
+        return loaded
 
     def check_is_for(self, composed: DictConfig) -> None:
         """Refuses a directory that holds another run, whose result or state would be taken over.
@@ -84,11 +96,15 @@ class RunDirectory:
         Raises:
             ConfigError: If it does.
         """
-        name, wanted = self.name, run_name(composed)
-        if name not in (None, wanted):
+        frozen = self.frozen
+        if frozen is None:
+            return
+        name, wanted = run_name(frozen), run_name(composed)
+        if name != wanted:
+            told = differences(result_settings(frozen), result_settings(composed))
             raise ConfigError(
-                f"{self.path} holds another run ({name}, not {wanted}); give this one a directory "
-                f"of its own, or leave hydra.run.dir and hydra.sweep.subdir to clpeft."
+                f"{self.path} holds another run ({name}, not {wanted}: {told}); give this one a "
+                f"directory of its own, or leave hydra.run.dir and hydra.sweep.subdir to clpeft."
             )
 
     def clear(self) -> None:
@@ -126,10 +142,11 @@ class RunDirectory:
 
         Raises:
             Busy: If another process works in it.
+            ConfigError: If it cannot be written.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / LOCK, timeout=LOCK_SECONDS)
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire()
         except Timeout:
             status = self.status
@@ -137,6 +154,11 @@ class RunDirectory:
             raise Busy(
                 f"{self.path} is being worked on by {where}; wait for it to end, or stop it."
             ) from None
+        except OSError as error:
+            raise ConfigError(
+                f"The run directory {self.path} cannot be written ({error.strerror}); make it "
+                f"writable, or set paths.output_dir to a folder that is."
+            ) from error
         try:
             yield
         finally:

@@ -20,8 +20,9 @@ from clpeft import experiment
 from clpeft.composition import register_schemas, settle
 from clpeft.config import Config
 from clpeft.launching import launch
-from clpeft.training.checkpoint import Checkpoints, read_state
+from clpeft.training.checkpoint import Checkpoints
 from clpeft.training.run import Run
+from clpeft.training.state import read_state
 
 
 def compose(overrides: Sequence[str] = ()) -> tuple[DictConfig, Config]:
@@ -75,6 +76,10 @@ class Outcome:
         """The logged steps of all tasks."""
         return [event for event in self.history if event["event"] == "step"]
 
+    def read(self, name: str) -> dict[str, Any]:
+        """A checkpoint by its folder's name."""
+        return read_state(self.directory / "checkpoints" / name)
+
     def state(self, tasks: int) -> dict[str, Any]:
         """The checkpoint written after so many tasks."""
         (folder,) = (self.directory / "checkpoints").glob(f"step-*-task-{tasks}")
@@ -92,7 +97,11 @@ class Outcome:
 
 
 def run_it(
-    overrides: Sequence[str], directory: Path, *, interrupt_after: int | None = None
+    overrides: Sequence[str],
+    directory: Path,
+    *,
+    interrupt_after: int | None = None,
+    interrupted: bool = False,
 ) -> Outcome:
     """Launches a run in this process.
 
@@ -100,6 +109,7 @@ def run_it(
         overrides: Of the command line.
         directory: The run directory.
         interrupt_after: Ctrl-C as soon as the checkpoint after so many tasks is written.
+        interrupted: Whether the run is stopped by other means.
     """
     composed = compose_only(overrides)
     kept: dict[str, Any] = {}
@@ -110,10 +120,11 @@ def run_it(
         kept["before"] = {n: p.detach().clone() for n, p in run.model.named_parameters()}
         return run
 
-    def save(self: Checkpoints, loop: Any) -> None:
-        saved(self, loop)
+    def save(self: Checkpoints, loop: Any) -> bool:
+        done = saved(self, loop)
         if loop.run.tasks_seen == interrupt_after:
             raise KeyboardInterrupt
+        return done
 
     original, saved = experiment.build_run, Checkpoints.save
     with (
@@ -123,7 +134,9 @@ def run_it(
         try:
             launch(composed, directory)
         except KeyboardInterrupt:
-            assert interrupt_after is not None
+            assert interrupt_after is not None or interrupted
+        else:
+            assert not interrupted
     return Outcome(directory, kept["run"], kept["before"])
 
 

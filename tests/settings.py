@@ -37,7 +37,7 @@ STRATEGY_SETTINGS: dict[str, Setting] = {
     "joint": Setting(keeps_state=False),
     "olora": Setting(("strategies.olora.lambda1=0.5",), trace="train/loss/orthogonality"),
     "replay": Setting(
-        ("strategies.replay.memory_size=24", "strategies.replay.ratio=0.5"),
+        ("strategies.replay.memory_size=24", "strategies.replay.ratio=0.45"),
         trace="train/replay/examples",
     ),
 }

@@ -203,6 +203,7 @@ def test_directory_of_another_run_is_refused(
         answer = clpeft(*tiny("replay", "stream.num_tasks=2"), "hydra.run.dir=mine", other)
         assert answer.code == 1
         assert "mine holds another run (finetune-s0-" in answer.err
+        assert "strategies.replay.ratio is not set there and 0.45 here" in answer.err
         assert answer.err.count("\n") == 1
     left = {path: path.stat().st_mtime_ns for path in (tmp_path / "mine").rglob("*")}
     assert {path: left[path] for path in before} == before

@@ -356,6 +356,33 @@ def test_several_processes(
     assert "(WORLD_SIZE is 2)" in combined("single")
 
 
+@pytest.mark.parametrize(
+    ("environment", "kind"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "fsdp2"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "zero3"),
+    ],
+)
+def test_model_in_shards(
+    registered: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    kind: str,
+) -> None:
+    """As accelerate launch sets the environment."""
+    registered(whole=type("Whole", (Strategy,), {"supports_sharding": frozenset({"zero2"})}))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+    told = combined("whole")
+    assert f"({kind} was asked for; it works with: zero2)" in told
+    # what works in shards is refused for something else
+    able = {"supports_sharding": frozenset({kind}), "supports_gradient_accumulation": False}
+    registered(sharded=type("Sharded", (Strategy,), able))
+    more = ("training.gradient_accumulation=2",)
+    assert "does not work with training.gradient_acc" in combined("sharded", more=more)
+
+
 def test_errors_of_other_kinds_are_not_explained() -> None:
     assert explain(RuntimeError("out of memory")) is None
     assert explain(ZeroDivisionError("division by zero")) is None

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from clpeft.capabilities import capability_table
 from clpeft.registry import PEFT_METHODS, STRATEGIES
 
 ROOT = Path(__file__).parents[1]
@@ -94,3 +95,9 @@ def test_every_declared_conflict_is_in_the_docs() -> None:
             (row,) = [line for line in told.splitlines() if f"`{entry.name}` with `peft=" in line]
             refused = {kind.name for kind in PEFT_METHODS} - entry.target.peft_types
             assert all(f"peft={name}" in row for name in refused)
+
+
+def test_table_of_capabilities_is_the_strategies_own() -> None:
+    page = (ROOT / "docs/processes.md").read_text()
+    told = page.split("<!-- capabilities -->\n")[1].split("<!-- end of capabilities -->")[0]
+    assert told.strip() == capability_table()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
     from clpeft.streams.tokenize import EncodedTask
     from clpeft.training.run import Run
+
+
+# the lengths by which examples are put into batches [N], and what scores a batch by its rows
+Batchwise = tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]
 
 
 class Evaluator:
@@ -39,21 +43,25 @@ class Evaluator:
         """The encoded examples that a task is scored on."""
         return task.test if self.config.split == "test" else task.validation
 
-    def row(self, trained: int) -> list[float | None]:
-        """Row `trained` of the matrix: every task seen so far, and the next if asked for."""
+    def tasks_of_row(self, trained: int) -> Sequence[EncodedTask]:
+        """The tasks in row `trained` of the matrix: those seen so far, and the next if asked for.
+
+        Row 0, of the untrained model, has all.
+        """
         tasks = self.run.stream.tasks
-        ahead = trained + 1 if self.config.ahead else trained
-        if trained == 0:
-            ahead = len(tasks)
-        return [self.score(task, trained) if i < ahead else None for i, task in enumerate(tasks)]
+        return tasks[: trained + self.config.ahead] if trained else tasks
 
     @torch.inference_mode()
-    def score(self, task: EncodedTask, seen: int) -> float:
-        """Scores one task.
+    def score(
+        self, task: EncodedTask, seen: int, between: Callable[[], None] = lambda: None
+    ) -> float:
+        """Scores one task; several processes share its examples.
 
         Args:
             task: The task.
             seen: How many tasks were trained, which decides what labels compete.
+            between: Called between batches; what it raises ends the scoring, and the model is
+                left as it was.
 
         Returns:
             The mean score over its examples, 0 to 1.
@@ -68,33 +76,42 @@ class Evaluator:
                         strategy.evaluating(run, task if self.task_id_given else None)
                     )
                 stack.enter_context(run.accelerator.autocast())
-                scores = self._scores(task, seen)
+                scores = self._scores(task, seen, between)
         finally:
             run.model.train(training)
         return float(scores.mean(dtype=np.float64))
 
-    def _scores(self, task: EncodedTask, seen: int) -> np.ndarray:
+    def _scores(self, task: EncodedTask, seen: int, between: Callable[[], None]) -> np.ndarray:
         """The score of each example [N], in the data set's order."""
         labels = self.run.stream.stream.candidates(task.index, seen, self.task_id_given)
+        examples = self.examples(task)
         if self.run.config.model.task_type == "sequence_classification":
-            return self._classified(self.examples(task), labels)
-        if task.task.labels and self.config.mode == "rank":
-            return self._ranked(self.examples(task), labels)
-        return self._generated(task)
+            lengths, scorer = self._classified(examples, labels)
+        elif task.task.labels and self.config.mode == "rank":
+            lengths, scorer = self._ranked(examples, labels)
+        else:
+            lengths, scorer = self._generated(task)
+        run = self.run
+        scores = np.zeros(len(examples))
+        for indices in sorted_batches(lengths, self.config.batch_size)[run.rank :: run.world_size]:
+            scores[indices] = scorer(indices)
+            between()
+        return run.summed(scores)
 
-    def _classified(self, examples: Dataset, labels: Sequence[int]) -> np.ndarray:
+    def _classified(self, examples: Dataset, labels: Sequence[int]) -> Batchwise:
         run = self.run
         columns = Columns(examples)
-        correct = np.zeros(len(examples))
         candidates = torch.tensor(labels, device=run.device)
-        for indices in sorted_batches(columns.lengths, self.config.batch_size):
+
+        def score(indices: np.ndarray) -> np.ndarray:
             batch = run.collator(columns, indices).to(run.device)
             logits = run.model(**batch.inputs).logits.float()
             predicted = candidates[logits[:, candidates].argmax(dim=1)]
-            correct[indices] = (predicted == batch.labels).cpu().numpy()
-        return correct
+            return (predicted == batch.labels).cpu().numpy()
 
-    def _ranked(self, examples: Dataset, labels: Sequence[int]) -> np.ndarray:
+        return columns.lengths, score
+
+    def _ranked(self, examples: Dataset, labels: Sequence[int]) -> Batchwise:
         """An answer counts as right if it is the likeliest of the words that compete."""
         run = self.run
         answers = [run.stream.answers[label] for label in labels]
@@ -107,13 +124,14 @@ class Evaluator:
             scorer = causal_scorer(run.model, run.tokenizer)
         prompts = self._prompts(examples)
         targets = np.array([wanted[label] for label in examples["label"]])
-        correct = np.zeros(len(prompts))
-        for indices in sorted_batches(np.array(list(map(len, prompts))), self.config.batch_size):
-            scores = scorer([prompts[i] for i in indices], candidates)
-            correct[indices] = scores.argmax(dim=1).cpu().numpy() == targets[indices]
-        return correct
 
-    def _generated(self, task: EncodedTask) -> np.ndarray:
+        def score(indices: np.ndarray) -> np.ndarray:
+            scores = scorer([prompts[i] for i in indices], candidates)
+            return scores.argmax(dim=1).cpu().numpy() == targets[indices]
+
+        return _lengths(prompts), score
+
+    def _generated(self, task: EncodedTask) -> Batchwise:
         run = self.run
         examples = self.examples(task)
         prompts = self._prompts(examples)
@@ -122,12 +140,13 @@ class Evaluator:
         limit = self.config.max_new_tokens
         if task.task.labels:
             limit = max(map(len, run.stream.answers))
-        scores = np.zeros(len(prompts))
-        for indices in sorted_batches(np.array(list(map(len, prompts))), self.config.batch_size):
+
+        def score(indices: np.ndarray) -> np.ndarray:
             texts = generate(run.model, run.tokenizer, [prompts[i] for i in indices], limit)
-            for i, text in zip(indices, texts, strict=True):
-                scores[i] = measure(text, references[i])
-        return scores
+            pairs = zip(indices, texts, strict=True)
+            return np.array([measure(text, references[i]) for i, text in pairs])
+
+        return _lengths(prompts), score
 
     def _prompts(self, examples: Dataset) -> list[list[int]]:
         rows = examples["input_ids"]
@@ -140,3 +159,7 @@ class Evaluator:
         if task.task.labels:
             return [[task.task.answer_words[label]] for label in raw["label"]]
         return list(raw["references"])
+
+
+def _lengths(prompts: Sequence[Sequence[int]]) -> np.ndarray:
+    return np.array(list(map(len, prompts)))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from clpeft.config import RESULT_KEYS
+from clpeft.config import RESULT_KEYS, flatten
 from clpeft.evaluation.metrics import (
     LOWER_IS_BETTER,
     METRICS,
@@ -144,17 +144,6 @@ def leaderboards(runs: Sequence[Run]) -> list[Leaderboard]:
         for title, slug, group in zip(titles, slugs, groups.values(), strict=True)
     ]
     return sorted(boards, key=lambda board: (board.title, board.slug))
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """A nested config as `{"optimizer.lr": "0.001", ...}`, values as a command line has them."""
-    flat: dict[str, str] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value)
-    return flat
 
 
 def settings(run: Run) -> dict[str, str]:

@@ -65,6 +65,7 @@ class AGEM(Strategy):
     """
 
     config: AGEMConfig
+    supports_multi_process = True
 
     def setup(self, run: Run) -> None:
         self._memory = Memory(self.config.memory_size, run.generator_for("agem"))

@@ -46,7 +46,9 @@ class Strategy:
     )
     peft_types: ClassVar[frozenset[str] | None] = None  # None: any, `full` included
     supports_quantized: ClassVar[bool] = True
-    supports_multi_process: ClassVar[bool] = False
+    supports_multi_process: ClassVar[bool] = False  # copies of the model side by side (DDP)
+    # what else it was seen to work with of fsdp2, zero2 and zero3, which cut the model into shards
+    supports_sharding: ClassVar[frozenset[str]] = frozenset()
     supports_gradient_accumulation: ClassVar[bool] = True
     # A reference point (a bound or the plain baseline) rather than a method: runs alone.
     is_reference: ClassVar[bool] = False
@@ -77,10 +79,18 @@ class Strategy:
         """Once per process, before the first task; also on resume."""
 
     def before_task(self, run: Run, task: EncodedTask) -> None:
-        """Grows, freezes or activates adapters; before the optimizer is made."""
+        """Grows, freezes or activates adapters; before the optimizer is made.
+
+        On resume it is called for every task begun so far, in order and before `load_state_dict`,
+        so that what it grows is there to be filled; what values it gives is then overwritten.
+        """
 
     def train_examples(self, run: Run, task: EncodedTask, examples: Dataset) -> Dataset:
-        """Extends or replaces this task's training set; an empty one skips the task's training."""
+        """Extends or replaces this task's training set; an empty one skips the task's training.
+
+        Where a run goes on within a task it is called again, after `load_state_dict`: examples that
+        were drawn or generated the first time must then come from the strategy's state.
+        """
         return examples
 
     def transform_batch(self, run: Run, batch: Batch) -> Batch:
@@ -135,7 +145,7 @@ class Strategy:
 
     def state_dict(self) -> dict[str, Any]:
         """What a later process needs to continue: nested dicts and lists of tensors, numbers,
-        strings, None."""
+        strings, None. Asked for within tasks too, between two steps."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

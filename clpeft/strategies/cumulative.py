@@ -22,6 +22,7 @@ class Cumulative(Strategy):
     `training.max_steps` limits them.
     """
 
+    supports_multi_process = True
     is_reference = True
     is_bound = True
 

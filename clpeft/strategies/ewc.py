@@ -104,6 +104,7 @@ class EWC(Strategy):
     """
 
     config: EWCConfig
+    supports_multi_process = True
     conflicts: ClassVar[dict[str, str]] = {
         "olora": "ewc holds the adapter's weights where a task left them, and olora starts them "
         "afresh for every task"

@@ -14,4 +14,5 @@ class Finetune(Strategy):
         2024, table 9: 28.5 becomes 75.7).
     """
 
+    supports_multi_process = True
     is_reference = True

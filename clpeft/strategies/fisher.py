@@ -44,18 +44,28 @@ def fisher_diagonal(
     chosen = torch.randperm(len(dataset), generator=generator)[:examples].numpy()
     columns = Columns(dataset)
     with run.eval_mode():
-        for index in chosen:
+        for number, index in enumerate(chosen):
             batch = run.batch(columns, [int(index)])
-            for weight, gradient in _score_functions(run, batch, kind, generator):
+            draws = torch.rand(batch.labels.shape, generator=generator, dtype=torch.float64)
+            if number % run.world_size != run.rank:
+                continue  # another process's, which draws the same numbers
+            for weight, gradient in _score_functions(run, batch, kind, draws):
                 squared = torch._foreach_mul(gradient, gradient)
                 torch._foreach_add_(fisher, squared, alpha=weight / len(chosen))
-    return fisher
+    return run.sum_gradients(fisher)
 
 
 def _score_functions(
-    run: Run, batch: Batch, kind: str, generator: torch.Generator
+    run: Run, batch: Batch, kind: str, draws: Tensor
 ) -> list[tuple[float, list[Tensor]]]:
-    """Gradients of one example's log-likelihood, each with its probability."""
+    """Gradients of one example's log-likelihood, each with its probability.
+
+    Args:
+        run: Whose model.
+        batch: One example.
+        kind: See `fisher_diagonal`.
+        draws: Uniform in [0, 1), one for each of the batch's labels.
+    """
     with run.accelerator.autocast():
         outputs = run.objective.forward(run.model, batch)
     logits, labels = run.objective.predicted(outputs, batch)
@@ -69,12 +79,18 @@ def _score_functions(
         ]
     targets = labels
     if kind == "sampled":
-        probabilities = scores.detach().exp().flatten(0, -2).cpu()
-        drawn = torch.multinomial(probabilities, 1, generator=generator).view(labels.shape)
-        targets = drawn.to(labels.device).masked_fill(labels == IGNORED, IGNORED)
+        targets = _drawn(scores.detach(), draws.to(labels.device)[..., -labels.shape[-1] :])
+        targets = targets.masked_fill(labels == IGNORED, IGNORED)
     picked = scores.gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
     likelihood = picked.masked_fill(targets == IGNORED, 0.0).sum()
     return [(1.0, _gradient(run, likelihood, False))]
+
+
+def _drawn(scores: Tensor, draws: Tensor) -> Tensor:
+    """Labels drawn from log-probabilities [..., K] by uniform numbers [...], through the CDF."""
+    summed = scores.double().exp().cumsum(dim=-1)
+    # what is drawn is below the last sum, whatever that was rounded to
+    return torch.searchsorted(summed, (draws * summed[..., -1])[..., None], right=True).squeeze(-1)
 
 
 def _gradient(run: Run, likelihood: Tensor, retain_graph: bool) -> list[Tensor]:

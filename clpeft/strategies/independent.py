@@ -25,6 +25,7 @@ class Independent(Strategy):
     Its diagonal gives the S_i of the metric `intransigence`.
     """
 
+    supports_multi_process = True
     is_reference = True
     is_bound = True
     needs_task_id_at_eval = True

@@ -22,6 +22,7 @@ class Joint(Strategy):
     metrics only those of the final row are defined.
     """
 
+    supports_multi_process = True
     is_reference = True
     is_bound = True
 

@@ -55,10 +55,13 @@ class Memory:
         self.seen += len(examples)
 
     def draw(self, run: Run, count: int) -> Batch:
-        """A batch of `count` different examples (all there are, if fewer), on the run's device."""
+        """A batch of `count` different examples (all there are, if fewer), on the run's device.
+
+        Of several processes, which hold the same memory, each gets its share.
+        """
         assert self._columns is not None, "drawn from an empty memory"
         order = torch.randperm(len(self), generator=self.generator)
-        return run.batch(self._columns, order[:count].numpy())
+        return run.shared_batch(self._columns, order[:count].numpy())
 
     def state_dict(self) -> dict[str, Any]:
         """The examples as an Arrow stream, what was seen, and the random state."""
@@ -111,7 +114,8 @@ def reservoir(
 def _to_arrow(examples: Dataset) -> Tensor:
     import pyarrow as pa
 
-    table = examples.data.table.combine_chunks()
+    # without what datasets notes of how the table came about, which says nothing of the examples
+    table = examples.data.table.combine_chunks().replace_schema_metadata(None)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)

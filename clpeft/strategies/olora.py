@@ -66,6 +66,7 @@ class OLoRA(Strategy):
     """
 
     config: OLoRAConfig
+    supports_multi_process = True
     owns_adapters = True
     peft_types = frozenset({"lora"})
 
@@ -94,20 +95,9 @@ class OLoRA(Strategy):
     def before_task(self, run: Run, task: EncodedTask) -> None:
         if not self._previous_a:
             return
-        rows = next(iter(self._previous_a.values())).shape[0]
-        for path, layer in self._layers.items():
-            if self.config.merge_previous:
-                # on resume all earlier tasks at once, in the same order of additions
-                r = layer.r[ADAPTER]
-                for start in range(self._active_rows, rows, r):
-                    _merge(
-                        layer,
-                        self._previous_a[path][start : start + r],
-                        self._previous_b[path][:, start : start + r],
-                    )
+        self._activate(next(iter(self._previous_a.values())).shape[0])
+        for layer in self._layers.values():
             layer.reset_lora_parameters(ADAPTER, True)
-        self._active_rows = rows
-        self._stacks = self._grouped()
 
     def loss_terms(self, run: Run, batch: Batch, outputs: Any) -> dict[str, Tensor]:
         terms = {}
@@ -175,12 +165,33 @@ class OLoRA(Strategy):
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        return {"previous_a": self._previous_a, "previous_b": self._previous_b}
+        return {
+            "previous_a": self._previous_a,
+            "previous_b": self._previous_b,
+            "active_rows": self._active_rows,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         device = next(iter(self._layers.values())).lora_A[ADAPTER].weight.device
         self._previous_a = {path: a.to(device) for path, a in state["previous_a"].items()}
         self._previous_b = {path: b.to(device) for path, b in state["previous_b"].items()}
+        if state["active_rows"]:
+            self._activate(state["active_rows"])
+
+    def _activate(self, rows: int) -> None:
+        """Lets the updates of earlier tasks act beside the adapter, up to a number of rows of A."""
+        if self.config.merge_previous:
+            for path, layer in self._layers.items():
+                # on resume several tasks at once, in the same order of additions
+                r = layer.r[ADAPTER]
+                for start in range(self._active_rows, rows, r):
+                    _merge(
+                        layer,
+                        self._previous_a[path][start : start + r],
+                        self._previous_b[path][:, start : start + r],
+                    )
+        self._active_rows = rows
+        self._stacks = self._grouped()
 
     def _grouped(self) -> list[tuple[list[Any], Tensor]]:
         """New A weights with the earlier rows of their modules, stacked by shape."""

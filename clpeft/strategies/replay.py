@@ -40,6 +40,7 @@ class Replay(Strategy):
     """
 
     config: ReplayConfig
+    supports_multi_process = True
 
     def setup(self, run: Run) -> None:
         self._memory = Memory(self.config.memory_size, run.generator_for("replay"))
@@ -49,13 +50,13 @@ class Replay(Strategy):
     def transform_batch(self, run: Run, batch: Batch) -> Batch:
         if not len(self._memory):
             return batch
-        self._owed += self.config.ratio * len(batch)
+        self._owed += self.config.ratio * batch.rows
         count = int(self._owed)
         self._owed -= count
         if not count:
             return batch
         drawn = self._memory.draw(run, count)
-        self._replayed += len(drawn)
+        self._replayed += drawn.rows
         return concatenate([batch, drawn], run.collator.pad_token_id)
 
     def transform_gradients(self, run: Run) -> Mapping[str, float | Tensor]:

@@ -34,6 +34,10 @@ class Batch:
             padding.
         task_ids: [B] int64, the task each example comes from.
         example_ids: [B] int64, the example's row in its task's full split.
+
+    Attributes:
+        rows: Examples of the whole batch, of which several processes have a share each; B where
+            there is one process.
     """
 
     inputs: dict[str, Tensor]
@@ -52,11 +56,16 @@ class Batch:
             self.task_ids.to(device, non_blocking=non_blocking),
             self.example_ids.to(device, non_blocking=non_blocking),
         )
-        return moved._counted(self.num_targets, self.target_width)
+        return moved._counted(self.num_targets, self.target_width, self.rows)
 
-    def _counted(self, num_targets: int, target_width: int) -> Batch:
-        vars(self).update(num_targets=num_targets, target_width=target_width)
+    def _counted(self, num_targets: int, target_width: int, rows: int) -> Batch:
+        vars(self).update(num_targets=num_targets, target_width=target_width, rows=rows)
         return self
+
+    @cached_property
+    def rows(self) -> int:
+        """See the class."""
+        return len(self)
 
     @cached_property
     def num_targets(self) -> int:
@@ -65,8 +74,6 @@ class Batch:
         A causal model predicts nothing at position 0, and no answer begins there, so that the
         shift of the labels leaves the number as it is.
         """
-        if self.labels.dim() == 1:
-            return len(self.labels)
         return int((self.labels != IGNORED).sum())
 
     @cached_property
@@ -105,7 +112,11 @@ def concatenate(batches: Sequence[Batch], pad_token_id: int) -> Batch:
         _stack([batch.labels for batch in batches], IGNORED),
         torch.cat([batch.task_ids for batch in batches]),
         torch.cat([batch.example_ids for batch in batches]),
-    )._counted(sum(batch.num_targets for batch in batches), target_width)
+    )._counted(
+        sum(batch.num_targets for batch in batches),
+        target_width,
+        sum(batch.rows for batch in batches),
+    )
 
 
 def _stack(tensors: Sequence[Tensor], fill: int) -> Tensor:
@@ -239,6 +250,31 @@ class Collator:
         )
 
 
+def share(
+    collator: Collator, columns: Columns, indices: np.ndarray, rank: int, world_size: int
+) -> Batch:
+    """One process's share of a batch: every `world_size`-th of its rows.
+
+    A process that none is left for gets the first row without its targets: it has to run the model
+    as the others do, and adds nothing to the loss.
+
+    Args:
+        collator: Makes a batch of rows.
+        columns: The data set.
+        indices: [B] rows of the whole batch, at least one.
+        rank: Which share, from 0.
+        world_size: How many there are.
+    """
+    mine = indices[rank::world_size]
+    if len(mine):
+        batch = collator(columns, mine)
+        targets, width = batch.num_targets, batch.target_width
+    else:
+        batch, targets, width = collator(columns, indices[:1]), 0, 0
+        batch.labels.fill_(IGNORED)
+    return batch._counted(targets, width, len(indices))
+
+
 def bucketed_batches(
     lengths: np.ndarray, batch_size: int, *, seed: int, epoch: int
 ) -> list[np.ndarray]:
@@ -284,9 +320,8 @@ def _cut(order: np.ndarray, batch_size: int) -> list[np.ndarray]:
 class BatchLoader:
     """One epoch of batches.
 
-    With several processes each takes every `world_size`-th row of the same global batches, so that
-    together they train on what one process alone would. Where a last batch has fewer rows than
-    there are processes, the last ones get a batch of no examples.
+    With several processes each takes its `share` of the same global batches, so that together they
+    train on what one process alone would.
 
     Args:
         dataset: An encoded data set, or its columns where several epochs are to share them.
@@ -318,7 +353,8 @@ class BatchLoader:
             batches = bucketed_batches(self.columns.lengths, batch_size, seed=seed, epoch=epoch)
         else:
             batches = _cut(np.arange(len(self.columns)), batch_size)
-        self.rows = [rows[rank::world_size] for rows in batches]
+        self.rows = batches
+        self.rank, self.world_size = rank, world_size
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -328,4 +364,4 @@ class BatchLoader:
 
     def batch(self, index: int) -> Batch:
         """The batch with some number in the epoch, made when asked for."""
-        return self.collator(self.columns, self.rows[index])
+        return share(self.collator, self.columns, self.rows[index], self.rank, self.world_size)

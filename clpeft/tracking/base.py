@@ -28,6 +28,7 @@ class RunInfo:
     resumed_at_step: int = 0  # optimizer steps already done
     resumed_at_task: int = 0  # index of the task to go on with
     resumed_task_steps: int = 0  # optimizer steps of that task already done
+    resumed: bool = False  # whether it goes on from a checkpoint
 
 
 class Observer:

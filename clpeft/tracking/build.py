@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig, OmegaConf
 
 from clpeft.config import RESULT_KEYS, TrackingConfig, digest, run_name
-from clpeft.models.load import count_parameters
 from clpeft.tracking.base import Observer, RunInfo
 from clpeft.tracking.console import ConsoleObserver
 from clpeft.tracking.tensorboard import TensorboardObserver
 from clpeft.tracking.wandb import WandbObserver
 
 if TYPE_CHECKING:
-    from clpeft.training.run import Run
+    from clpeft.training.loop import Loop
 
 
 def build_observers(tracking: TrackingConfig, directory: Path) -> list[Observer]:
@@ -43,8 +42,17 @@ def build_observers(tracking: TrackingConfig, directory: Path) -> list[Observer]
     return observers
 
 
-def describe(run: Run, composed: DictConfig) -> RunInfo:
-    """What observers are told of a run."""
+def describe(loop: Loop, composed: DictConfig, resumed: bool) -> RunInfo:
+    """What observers are told of a run.
+
+    Args:
+        loop: About to train.
+        composed: The run's config, for names and digests.
+        resumed: Whether it goes on from a checkpoint.
+    """
+    from clpeft.models.load import count_parameters  # loads torch, which no switch here needs
+
+    run = loop.run
     config = run.config
     total, trainable = count_parameters(run.model)
     strategies = tuple(config.strategies)
@@ -61,4 +69,6 @@ def describe(run: Run, composed: DictConfig) -> RunInfo:
         trainable_parameters=trainable,
         resumed_at_step=run.step,
         resumed_at_task=run.tasks_seen,
+        resumed_task_steps=loop.unfinished["steps"] if loop.unfinished else 0,
+        resumed=resumed,
     )

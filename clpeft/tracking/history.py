@@ -34,15 +34,17 @@ class HistoryObserver(Observer):
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / FILE_NAME
         keep = resume_at or 0
-        written = path.stat().st_size if path.exists() else 0
-        if written < keep:
-            log.warning("%s is %d bytes short of its checkpoint.", path, keep - written)
-        self._position = min(written, keep)
+        written = path.read_bytes()[:keep] if path.exists() else b""
+        if len(written) < keep:
+            log.warning("%s is %d bytes short of its checkpoint.", path, keep - len(written))
+        # up to the end of the last whole line
+        self._position = written.rfind(b"\n") + 1
         self._file = path.open("r+b" if path.exists() else "wb")
         self._file.truncate(self._position)
         self._file.seek(self._position)
         self._step = 0
         self._task: int | None = None
+        self._within = False  # whether a resumed run goes on within a task
 
     def position(self) -> int:
         """Bytes written so far: what `resume_at` needs to continue from this moment."""
@@ -61,12 +63,16 @@ class HistoryObserver(Observer):
     def on_run_start(self, info: RunInfo) -> None:
         """See `Observer`."""
         self._step = info.resumed_at_step
+        self._within = info.resumed_task_steps > 0
         # until the next one begins; a run that was stopped after its last task begins none
         self._task = info.resumed_at_task - 1 if info.resumed_at_task else None
 
     def on_task_start(self, index: int, name: str, steps: int) -> None:
         """See `Observer`."""
         self._task = index
+        if self._within:  # its start was written before the run was stopped
+            self._within = False
+            return
         self._write("task_start", name=name, steps=steps)
 
     def on_step(self, step: int, logs: dict[str, float] | None) -> None:

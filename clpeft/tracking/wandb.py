@@ -54,7 +54,7 @@ class WandbObserver(Observer):
         self._tasks = info.tasks
         self._step = info.resumed_at_step
         (self._directory / "wandb").mkdir(parents=True, exist_ok=True)
-        identifier = _run_id(self._directory / "wandb" / "run_id.txt", resumed=self._step > 0)
+        identifier = _run_id(self._directory / "wandb" / "run_id.txt", resumed=info.resumed)
         # the library's own messages are settings of the process, not of a run
         wandb.setup(wandb.Settings(silent=True))
         mode = _mode(self._config.mode)

@@ -23,6 +23,8 @@ class Cost:
         self.seconds = {"train": 0.0, "strategy": 0.0, "evaluation": 0.0}
         self.steps = 0
         self.examples = 0
+        self.skipped_steps = 0  # whose loss was not finite
+        self._timing: tuple[str, float] | None = None  # what is being timed, since when
         self.peak_memory: int | None = None
         self.state_bytes: list[int] = []
         _reset_peak()
@@ -69,15 +71,21 @@ class Cost:
             "steps": self.steps,
             "seconds_per_step": trained / self.steps if self.steps else None,
             "examples": self.examples,
+            "skipped_steps": self.skipped_steps,
             "peak_memory_bytes": self.peak_memory,
             "state_bytes": self.state_bytes,
             "adapter_bytes": sum(p.numel() * p.element_size() for p in run.trainable.values()),
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """All that was added up so far."""
+        """All that was added up so far, what is being timed included."""
+        seconds = dict(self.seconds)
+        if self._timing is not None:
+            part, started = self._timing
+            seconds[part] += time.perf_counter() - started
         return {
-            "seconds": dict(self.seconds),
+            "seconds": seconds,
+            "skipped_steps": self.skipped_steps,
             "steps": self.steps,
             "examples": self.examples,
             "peak_memory": self.peak_memory,
@@ -87,6 +95,7 @@ class Cost:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what an earlier process added up."""
         self.seconds |= state["seconds"]
+        self.skipped_steps = state["skipped_steps"]
         self.steps = state["steps"]
         self.examples = state["examples"]
         self.peak_memory = state["peak_memory"]
@@ -95,9 +104,11 @@ class Cost:
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
         started = time.perf_counter()
+        self._timing = (part, started)
         try:
             yield
         finally:
+            self._timing = None
             self.seconds[part] += time.perf_counter() - started
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,8 @@ from torch import Tensor
 
 from clpeft.config import Config
 from clpeft.models.objective import Objective
-from clpeft.streams.batching import Batch, BatchLoader, Collator, Columns
+from clpeft.streams.batching import Batch, BatchLoader, Collator, Columns, share
+from clpeft.training.randomness import derived_seed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,6 +48,8 @@ class Run:
         step: Optimizer steps taken so far, over all tasks.
         trainable: Name to parameter, those that train, in the model's order.
         optimizer: Of the current task.
+        phase: What is going on, for messages: setup, training or evaluation.
+        changed: Name to parameter, all that train or have trained: what a checkpoint holds.
         logging: Whether this step's values are read; what is costly to compute may wait for that.
         generator: On the CPU, seeded by the run's seed, for what strategies draw.
     """
@@ -79,19 +81,86 @@ class Run:
         self.step = 0
         self.optimizer: Any = None
         self.logging = False
+        self.phase = "setup"
         self.generator = torch.Generator().manual_seed(config.seed)
         self.collator = Collator(config.model.task_type, int(tokenizer.pad_token_id))
         self.trainable: dict[str, nn.Parameter] = {}
+        self.changed: dict[str, nn.Parameter] = {}
         self.refresh_trainable()
+        self._hosts: Any = None  # a process group for numbers that lie on the CPU
+        if self.world_size > 1:
+            self._hosts = torch.distributed.new_group(backend="gloo")
 
     @property
     def device(self) -> torch.device:
         """Where batches go."""
         return self.accelerator.device
 
+    @property
+    def rank(self) -> int:
+        """Which of the processes this is, from 0."""
+        return self.accelerator.process_index
+
+    @property
+    def world_size(self) -> int:
+        """How many processes train together."""
+        return self.accelerator.num_processes
+
+    @property
+    def where(self) -> str:
+        """The current task, for messages."""
+        if self.task is None:
+            return "none yet"
+        return f"'{self.task.name}' ({self.task.index + 1} of {len(self.stream.tasks)})"
+
+    def agree(self, *wishes: int) -> list[int]:
+        """The largest of each number over all processes, which all must call this together."""
+        if self.world_size == 1:
+            return list(wishes)
+        found = torch.tensor(wishes)
+        operation = torch.distributed.ReduceOp.MAX
+        torch.distributed.all_reduce(found, op=operation, group=self._hosts)
+        return found.tolist()
+
+    def total(self, number: float) -> float:
+        """The sum of a number over all processes."""
+        return number if self.world_size == 1 else float(self.summed(np.array([number]))[0])
+
+    def means(self, numbers: Sequence[float]) -> list[float]:
+        """The mean of each number over all processes."""
+        if self.world_size == 1:
+            return list(numbers)
+        return (self.summed(np.array(numbers)) / self.world_size).tolist()
+
+    def summed(self, numbers: np.ndarray) -> np.ndarray:
+        """The sum of each number over all processes, in float64."""
+        if self.world_size == 1:
+            return numbers
+        found = torch.from_numpy(numbers.astype(np.float64))
+        torch.distributed.all_reduce(found, group=self._hosts)
+        return found.numpy()
+
+    def gathered(self, value: Any) -> list[Any]:
+        """What each process has, in the order of their ranks."""
+        if self.world_size == 1:
+            return [value]
+        found: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(found, value, group=self._hosts)
+        return found
+
+    def sum_gradients(self, gradients: list[Tensor]) -> list[Tensor]:
+        """The sum of each tensor over all processes, in one exchange."""
+        if self.world_size == 1:
+            return gradients
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        torch.distributed.all_reduce(flat)
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        return [part.view_as(g) for part, g in zip(parts, gradients, strict=True)]
+
     def refresh_trainable(self) -> None:
         """Reads from the model which parameters train; strategies that grow it call this."""
         self.trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.changed |= self.trainable
 
     def begin(self, task: EncodedTask) -> None:
         """Makes a task the current one."""
@@ -109,8 +178,8 @@ class Run:
             seed=self.config.seed * 10_007 + index,
             epoch=epoch,
             shuffle=shuffle,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
+            rank=self.rank,
+            world_size=self.world_size,
         )
 
     def generator_for(self, owner: str) -> torch.Generator:
@@ -119,28 +188,41 @@ class Run:
         Args:
             owner: The strategy's name, say; others draw other numbers.
         """
-        seed = hashlib.sha256(f"{self.config.seed}/{owner}".encode()).digest()[:8]
-        return torch.Generator().manual_seed(int.from_bytes(seed, "big") >> 1)
+        return torch.Generator().manual_seed(derived_seed(self.config.seed, "owner", owner))
 
     def batch(self, columns: Columns, indices: Sequence[int] | np.ndarray) -> Batch:
         """A batch of chosen examples, on the run's device."""
         return self.collator(columns, np.asarray(indices)).to(self.device)
+
+    def shared_batch(self, columns: Columns, indices: Sequence[int] | np.ndarray) -> Batch:
+        """This process's share of a batch of chosen examples, on the run's device.
+
+        Args:
+            columns: The data set.
+            indices: Rows of the whole batch, at least one; the same in all processes.
+        """
+        rows = np.asarray(indices)
+        return share(self.collator, columns, rows, self.rank, self.world_size).to(self.device)
 
     def per_example_loss(self, batch: Batch, outputs: Any) -> Tensor:
         """Negative log-likelihood of each example, summed over its targets [B], in nats."""
         return self.objective.per_example(outputs, batch)
 
     def mean_loss(self, batch: Batch) -> Tensor:
-        """Runs the model; the loss per target, as the loop computes it for one batch."""
+        """Runs the model; the loss per target, as the loop computes it for one batch.
+
+        Of several processes each has a share of the batch, and the losses add up to the mean.
+        """
         with self.accelerator.autocast():
             outputs = self.objective.forward(self.model, batch)
-        return self.objective.total(outputs, batch) / batch.num_targets
+        return self.objective.total(outputs, batch) / self.total(batch.num_targets)
 
     def gradients(self, batch: Batch) -> list[Tensor]:
         """Gradients of the mean loss on another batch.
 
         Args:
-            batch: Any batch; the loop's own graph and every `.grad` stay as they are.
+            batch: Any batch, of several processes each one's share of it; the loop's own graph and
+                every `.grad` stay as they are.
 
         Returns:
             One float32 tensor per entry of `trainable`, in its order; zeros where unused, and
@@ -156,6 +238,7 @@ class Run:
             torch.zeros_like(p, dtype=torch.float32) if g is None else g.float() / scale
             for p, g in zip(parameters, found, strict=True)
         ]
+        gradients = self.sum_gradients(gradients)
         if scaler is None:
             return gradients
         # the scaler looks at the loop's gradients only: one that overflowed here would be taken

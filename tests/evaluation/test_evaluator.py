@@ -70,6 +70,9 @@ def make_evaluator(
         strategies=list(strategies),
         collator=Collator(task_type, 0),
         accelerator=SimpleNamespace(autocast=nullcontext),
+        rank=0,
+        world_size=1,
+        summed=lambda numbers: numbers,
         config=SimpleNamespace(
             evaluation=SimpleNamespace(**(values | settings)),
             model=SimpleNamespace(task_type=task_type),
@@ -117,7 +120,7 @@ def test_only_competing_labels_can_win(competing: list[int], right: list[int]) -
     assert evaluator.score(task, 1) == sum(right) / 5
     # by example, in the data set's order although batches go by length
     evaluator.run.model.eval()
-    assert evaluator._scores(task, 1).tolist() == right
+    assert evaluator._scores(task, 1, lambda: None).tolist() == right
     assert evaluator.run.model.widths[:3] == [5, 3, 1]  # type: ignore[union-attr,index]
 
 
@@ -168,7 +171,7 @@ def test_ranking_takes_the_likeliest_answer(monkeypatch: pytest.MonkeyPatch) -> 
     )
 
     # 7, 8, 9 9 and 7 are right, label 2's 7 against 8 is not
-    assert evaluator._scores(task, 2).tolist() == [1.0, 1.0, 1.0, 1.0, 0.0]
+    assert evaluator._scores(task, 2, lambda: None).tolist() == [1.0, 1.0, 1.0, 1.0, 0.0]
     assert evaluator.score(task, 2) == 0.8
     # the answer is not shown
     assert {tuple(prompt) for prompts, _ in seen for prompt in prompts} == {(1, 5), (2, 5), (3, 5)}
@@ -194,7 +197,7 @@ def test_generation_is_compared_with_the_references(
     task.task.test = {"references": [["the dog", "a dog"], ["the cat"]]}
     evaluator = make_evaluator(nn.Linear(1, 1), "causal_lm", lambda *_: [])
 
-    assert evaluator._scores(task, 1).tolist() == pytest.approx(scores)
+    assert evaluator._scores(task, 1, lambda: None).tolist() == pytest.approx(scores)
     assert limits == [5]
 
 
@@ -224,15 +227,43 @@ def test_labels_may_be_generated_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(limits) == {3}  # the longest answer, its end included
 
 
-def test_rows_of_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_the_matrix() -> None:
     for ahead, rows in (
-        (True, [[0, 0, 0], [1, 1, None], [2, 2, 2], [3, 3, 3]]),
-        (False, [[0, 0, 0], [1, None, None], [2, 2, None], [3, 3, 3]]),
+        (True, ["abc", "ab", "abc", "abc"]),
+        (False, ["abc", "a", "ab", "abc"]),
     ):
         evaluator = make_evaluator(None, "causal_lm", None, ahead=ahead)
-        evaluator.run.stream.tasks = (1, 2, 3)  # type: ignore[misc,assignment]
-        monkeypatch.setattr(evaluator, "score", lambda task, trained: trained)
-        assert [evaluator.row(trained) for trained in range(4)] == rows
+        evaluator.run.stream.tasks = tuple("abc")  # type: ignore[misc,assignment]
+        assert ["".join(evaluator.tasks_of_row(trained)) for trained in range(4)] == rows  # type: ignore[arg-type]
+
+
+def test_giving_up_between_batches_leaves_the_model_as_it_was() -> None:
+    left = []
+
+    class Routing(Strategy):
+        @contextmanager
+        def evaluating(self, run: Any, task: Any) -> Any:
+            try:
+                yield
+            finally:
+                left.append(task)
+
+    model = Table(LOGITS)
+    evaluator = make_evaluator(
+        model, "sequence_classification", lambda *_: [0, 1], strategies=[Routing(None)]
+    )
+    calls = iter([None, KeyboardInterrupt])
+
+    def between() -> None:
+        if error := next(calls):
+            raise error
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluator.score(make_task(encoded(TEXTS, [0, 1, 1, 1, 1], None)), 1, between)
+
+    assert len(model.widths) == 2  # of three batches
+    assert left == [None]
+    assert model.training
 
 
 @pytest.mark.parametrize("given", [True, False])
@@ -271,7 +302,8 @@ def test_evaluation_leaves_no_trace(
     before = {key: value.detach().clone() for key, value in run.model.state_dict().items()}
     random, own = torch.get_rng_state(), run.generator.get_state()
 
-    first, second = evaluator.row(2), evaluator.row(2)
+    tasks = evaluator.tasks_of_row(2)
+    first, second = ([evaluator.score(task, 2) for task in tasks] for _ in range(2))
 
     assert first == second  # dropout is off
     assert run.model.training is training

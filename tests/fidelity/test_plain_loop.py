@@ -6,6 +6,7 @@ model comes from transformers and PEFT, the loss is the model's own, the batches
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,9 @@ def plain_loop(
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         lengths = torch.tensor([len(example["input_ids"]) for example in examples]).numpy()
         model.train()
+        # every task has a seed of its own, so that what is drawn in one changes no other
+        seed = hashlib.sha256(f"{SEED}/steps/{index}/0".encode()).digest()[:4]
+        torch.manual_seed(int.from_bytes(seed, "big"))
         for epoch in range(EPOCHS):
             order = bucketed_batches(lengths, BATCH, seed=SEED * 10_007 + index, epoch=epoch)
             for rows in order:

@@ -53,6 +53,8 @@ def make_run(model: nn.Module, task_type: str, objective: Objective, **changes: 
         device=torch.device("cpu"),
         autocast=nullcontext,
         scaler=None,
+        process_index=0,
+        num_processes=1,
         backward=lambda loss: loss.backward(),
         unscale_gradients=lambda optimizer: None,
     )

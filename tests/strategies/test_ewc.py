@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clpeft.strategies.ewc import EWC, Anchors, EWCConfig, ewc_gradient, ewc_penalty
-from clpeft.training.checkpoint import read_state, write_state
+from clpeft.training.state import read_state, write_state
 
 
 def folded(anchors: list[tuple[list[Tensor], list[Tensor]]]) -> Anchors:

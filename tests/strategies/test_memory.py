@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 
 from clpeft.strategies.memory import Memory, reservoir
-from clpeft.training.checkpoint import read_state, write_state
+from clpeft.training.state import read_state, write_state
 
 Examples = Callable[..., Any]
 

@@ -47,8 +47,8 @@ def test_term_moves_the_weights(finished: Finished) -> None:
     bound = finished("olora")
 
     # the first task has nothing to be orthogonal to
-    for name, value in free.state(1)["trainable"].items():
-        assert torch.equal(value, bound.state(1)["trainable"][name])
+    for name, value in free.state(1)["parameters"].items():
+        assert torch.equal(value, bound.state(1)["parameters"][name])
     last = free.trainable, bound.trainable
     assert any(not torch.equal(last[0][name], last[1][name]) for name in last[0])
 
@@ -64,7 +64,7 @@ def after_task(outcome: Outcome, overrides: list[str], tasks: int, directory: Pa
     task = run.stream.tasks[tasks - 1]
     run.begin(task)
     strategy.before_task(run, task)
-    saved = outcome.state(tasks)["trainable"]
+    saved = outcome.state(tasks)["parameters"]
     with torch.no_grad():
         for name, parameter in run.trainable.items():
             parameter.copy_(saved[name])

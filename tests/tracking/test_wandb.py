@@ -227,7 +227,9 @@ def test_a_resumed_run_keeps_its_id_and_its_steps(tmp_path, run_info, observer):
     before = run_file(tmp_path)
 
     second = observer()
-    second.on_run_start(run_info(resumed_at_step=2, resumed_at_task=0, resumed_task_steps=2))
+    second.on_run_start(
+        run_info(resumed=True, resumed_at_step=2, resumed_at_task=0, resumed_task_steps=2)
+    )
     second.on_task_start(0, "north", 4)
     for step in (3, 4):
         second.on_step(step, {"train/loss": 1.0 / step})

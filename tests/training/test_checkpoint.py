@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from clpeft.config import CheckpointConfig
-from clpeft.training.checkpoint import CheckpointError, Checkpoints, read_state, write_state
+from clpeft.training.checkpoint import Checkpoints
+from clpeft.training.state import StateError, read_state, write_state
 from tests.running import Outcome, run_it, same_bits
 
 TENSORS = "tensors.safetensors"
@@ -25,6 +26,7 @@ def state(step: int = 1) -> dict[str, Any]:
         "matrix": [[None, 0.5], [1.0, 0.25]],
         "nothing": {},
         "name": "müller",
+        "settings": {},
         "weights": {
             "a": torch.tensor([[1.0, float("nan")], [float("inf"), -0.0]]),
             "b": torch.tensor([1, 2**40]),
@@ -90,7 +92,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
 def test_damage_is_noticed_and_the_one_before_is_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str, file: str
 ) -> None:
-    checkpoints = Checkpoints(tmp_path, CheckpointConfig(enabled=True, keep=2))
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(enabled=True, keep=2), {})
     write_state(checkpoints.folder / "step-9-task-1", state(9))
     broken = checkpoints.folder / "step-10-task-2"  # newer, though before it by name
     write_state(broken, state(10))
@@ -99,7 +101,7 @@ def test_damage_is_noticed_and_the_one_before_is_used(
     assert found["step"] == 10
 
     DAMAGE[damage](broken / file)
-    with pytest.raises(CheckpointError, match=broken.name):
+    with pytest.raises(StateError, match=broken.name):
         read_state(broken)
     with caplog.at_level(logging.WARNING, logger="clpeft"):
         found = checkpoints.newest()
@@ -111,7 +113,7 @@ def test_damage_is_noticed_and_the_one_before_is_used(
 
 
 def test_no_whole_checkpoint_is_none(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, CheckpointConfig(enabled=True, keep=2))
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(enabled=True, keep=2), {})
     assert checkpoints.newest() is None
     # what a process that was killed while writing leaves
     unfinished = checkpoints.folder / ".step-9-task-1.part"
@@ -146,8 +148,8 @@ def test_the_newest_are_kept(tiny: Callable[..., list[str]], tmp_path: Path, kee
 def test_frozen_base_is_not_in_it(finished: Callable[..., Outcome]) -> None:
     saved = finished("ewc").state(2)
 
-    assert set(saved["trainable"]) == set(finished("ewc").trainable)
-    assert all("lora" in name for name in saved["trainable"])
+    assert set(saved["parameters"]) == set(finished("ewc").trainable)
+    assert all("lora" in name for name in saved["parameters"])
     (folder,) = (finished("ewc").directory / "checkpoints").glob("step-*-task-2")
     sums = json.loads((folder / "checksums.json").read_text())
     assert {*sums, "checksums.json"} == {path.name for path in folder.iterdir()}
