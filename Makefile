@@ -41,7 +41,7 @@ tune: $(RUN) ## the sweeps behind the toy defaults, scored on validation data, a
 	$(BIN)/clpeft -m experiment=tune strategy=replay strategies.replay.ratio=0.5,1 seed=0,1
 	$(BIN)/clpeft -m experiment=tune strategy=agem strategies.agem.reference_size=16,64 seed=0,1
 	$(BIN)/clpeft -m experiment=tune strategy=olora strategies.olora.lambda1=0.1,0.5,2 seed=0,1
-	$(BIN)/clpeft report outputs/tune
+	$(BIN)/clpeft report outputs/tune --select validation
 
 .PHONY: real
 real: $(RUN) ## eight strategies on real text, half an hour: make real CLPEFT_DATA=<folder> MINILM=<folder>

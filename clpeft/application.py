@@ -143,6 +143,11 @@ def run_application(overrides: Sequence[str]) -> int:
                     f"the run directory cannot be made ({error.strerror}: {error.filename}); set "
                     f"paths.output_dir to a folder that can be written."
                 )
+            if sentence is None and type(error).__name__ == "TerminatedWorkerError":  # joblib's
+                sentence = (
+                    "a worker process was killed from outside, perhaps for want of memory, and "
+                    "joblib gave up; repeat the command with a smaller hydra.launcher.n_jobs."
+                )
             if wants_trace or sentence is None:
                 raise
             return _refuse(sentence)

@@ -75,11 +75,16 @@ def submit(
 def report(
     directories: list[Path],
     out: Annotated[Path | None, typer.Option(help="Where to write it.")] = None,
+    select: Annotated[
+        str | None,
+        typer.Option(help="'validation': also choose each strategy's best setting."),
+    ] = None,
+    by: Annotated[str, typer.Option(help="The metric to choose by.")] = "average_accuracy",
 ) -> None:
     """Leaderboard, curves, heatmaps, HTML, CSV and LaTeX over run and sweep directories."""
     from clpeft.reports import report_on
 
-    sys.exit(report_on(directories, out))
+    sys.exit(report_on(directories, out, split=select, metric=by))
 
 
 @app.command(name="list")

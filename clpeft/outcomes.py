@@ -10,11 +10,15 @@ from typing import Any
 
 from clpeft.rundir import KILLED, RunDirectory
 
+INCOMPLETE = "incomplete"  # completed, it says, but its results are gone
 # in the order in which a summary counts them
-STATES = ("completed", "failed", KILLED, "preempted", "running", "queued", "not started")
+STATES = (
+    *("completed", "failed", KILLED, INCOMPLETE, "preempted"),
+    *("running", "queued", "not started"),
+)
 # what a sweep must not end with if it is to be called a success; a run that another process works
 # on, or that a batch system will start, is merely not there yet
-UNSUCCESSFUL = {"failed", KILLED, "preempted", "not started"}
+UNSUCCESSFUL = {"failed", KILLED, INCOMPLETE, "preempted", "not started"}
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ def outcome_of(directory: Path) -> Outcome:
     if killed:
         return Outcome(directory, KILLED, f"its {record.worker} is gone")
     state = str(status.get("status"))
+    if state == "completed" and not record.results:
+        return Outcome(directory, INCOMPLETE, "completed, but there is no results.json")
     return Outcome(directory, state, _told(state, status))
 
 

@@ -311,9 +311,10 @@ def test_in_a_sweep_the_others_go_on(
     assert 'raise RuntimeError("no memory for this")' in status["traceback"]
     assert read(finetune / "status.json")["status"] == "completed"
     assert not list(runs.glob("finetune+replay-*"))
-    summary = answer.err[answer.err.index("clpeft: 2 runs of this sweep failed:") :].splitlines()
-    assert [line.strip().startswith(str(runs)) for line in summary[1:]] == [True, True]
-    assert summary[1].endswith(f"{ewc.name}: RuntimeError: no memory for this")
+    summary = answer.err[answer.err.index("clpeft: sweep of") :].splitlines()
+    assert summary[0] == "clpeft: sweep of 3 runs: 1 completed, 2 failed"
+    assert summary[1] == f"  failed       outputs/toy/{ewc.name}: RuntimeError: no memory for this"
+    assert summary[2].startswith("  failed       outputs/toy/finetune+replay-s0-")
     assert "'finetune' is a reference" in summary[2]
 
     done = read(finetune / "status.json")

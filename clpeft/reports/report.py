@@ -8,9 +8,10 @@ from pathlib import Path
 from rich.console import Console
 
 from clpeft.config import ConfigError
-from clpeft.reports.aggregate import Leaderboard, leaderboards
+from clpeft.reports.aggregate import RANKED_BY, Leaderboard, leaderboards
 from clpeft.reports.html import render_html
-from clpeft.reports.runs import Collection, collect_runs
+from clpeft.reports.runs import RESULTS, STATUS, Collection, collect_runs
+from clpeft.reports.selection import SPLIT, print_winners, select
 from clpeft.reports.tables import (
     print_leaderboards,
     write_latex,
@@ -22,24 +23,41 @@ PAGE = "report.html"
 DIRECTORY = "report"  # below the first directory reported on, unless another is given
 
 
-def report_on(directories: Sequence[Path], out: Path | None = None) -> int:
+def report_on(
+    directories: Sequence[Path],
+    out: Path | None = None,
+    *,
+    split: str | None = None,
+    metric: str = RANKED_BY,
+) -> int:
     """`clpeft report`: prints the leaderboards and writes the report.
 
     Args:
         directories: Run or sweep directories, or any above them.
-        out: Where to write it; `<first directory>/report` by default.
+        out: Where to write it; `<first directory>/report` by default, or beside it where that is a
+            run's own directory.
+        split: `validation` to choose each strategy's best setting; None for no choice.
+        metric: By which it is chosen.
 
     Returns:
         The exit code: 1 after a mistake in what was asked for, told in one sentence.
     """
     try:
+        if split not in (None, SPLIT):
+            raise ConfigError(
+                f"--select {split}: settings are chosen by validation scores only, with "
+                f"--select {SPLIT}."
+            )
         collection = collect_runs(directories, exclude=_place(directories, out))
+        boards = leaderboards(collection.runs)
+        winners = [] if split is None else select(boards, metric)
     except ConfigError as error:
         Console(stderr=True).print(f"clpeft: {error}", markup=False, soft_wrap=True)
         return 1
-    boards = leaderboards(collection.runs)
     console = Console()
     print_leaderboards(boards, collection, console)
+    if winners:
+        print_winners(winners, metric, console)
     page = _write(collection, boards, _place(directories, out))
     console.print(f"Report: {page}", markup=False, highlight=False, soft_wrap=True)
     return 0
@@ -50,7 +68,7 @@ def write_report(directories: Sequence[Path], out: Path | None = None) -> Path:
 
     Args:
         directories: Run or sweep directories, or any above them.
-        out: Where to write it; `<first directory>/report` by default. Never read as runs.
+        out: Where to write it; see `report_on`. Never read as runs.
 
     Returns:
         The HTML page.
@@ -64,7 +82,12 @@ def write_report(directories: Sequence[Path], out: Path | None = None) -> Path:
 
 
 def _place(directories: Sequence[Path], out: Path | None) -> Path:
-    return Path(directories[0]) / DIRECTORY if out is None else Path(out)
+    if out is not None:
+        return Path(out)
+    first = Path(directories[0])
+    if any((first / name).exists() for name in (RESULTS, STATUS)):  # a run's own: left as it is
+        return first.resolve().with_name(f"{first.resolve().name}-{DIRECTORY}")
+    return first / DIRECTORY
 
 
 def _write(collection: Collection, boards: Sequence[Leaderboard], out: Path) -> Path:

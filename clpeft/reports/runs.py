@@ -13,7 +13,7 @@ import yaml
 
 from clpeft.config import ConfigError
 from clpeft.evaluation.metrics import compute_metrics
-from clpeft.outcomes import last_line
+from clpeft.outcomes import INCOMPLETE, last_line
 from clpeft.rundir import KILLED, RESULTS_SCHEMA, RunDirectory
 
 RESULTS, STATUS, CONFIG = "results.json", "status.json", "config.yaml"
@@ -177,7 +177,10 @@ def _unfinished(
     told = [status.get(key) for key in ("exception", "traceback", "reason")]
     lines = [last_line(text) for text in told if isinstance(text, str)]
     message = next((line for line in lines if line), "")
+    if state == "queued" and status.get("job_id"):
+        message = f"job {status['job_id']}"
     if state == "completed":
+        state = INCOMPLETE
         message = f"completed, but there is no {RESULTS}"
     record = RunDirectory(directory)
     if state in ("running", "queued") and record.was_killed:

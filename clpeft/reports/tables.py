@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from clpeft.evaluation.metrics import LOWER_IS_BETTER, METRICS
+from clpeft.outcomes import count, shown
 from clpeft.reports.aggregate import (
     Estimate,
     Leaderboard,
@@ -22,6 +23,7 @@ from clpeft.reports.aggregate import (
     strategy_name,
 )
 from clpeft.reports.runs import Collection
+from clpeft.rundir import KILLED
 
 COSTS = (
     "train_seconds",
@@ -176,10 +178,13 @@ def print_leaderboards(
         table.add_column("run", overflow="fold")
         table.add_column("why", overflow="fold")
         for run in collection.unfinished:
-            style = "red" if run.state == "failed" else "yellow"
+            style = "red" if run.state in ("failed", KILLED) else "yellow"
             state = f"[{style}]{run.state}[/]"
-            table.add_row(state, escape(run.directory.name), escape(run.message))
+            table.add_row(state, escape(shown(run.directory)), escape(run.message))
         console.print(table, width=width)
+        states = ["completed"] * len(collection.runs)
+        states += [run.state for run in collection.unfinished]
+        console.print(f"{len(states)} runs: {count(states)}", width=width, highlight=False)
         console.print()
     for note in collection.notes:
         told = f"[yellow]note[/] {escape(str(note.path))} {escape(note.text)}"

@@ -263,3 +263,23 @@ def test_human_bytes(value: float, text: str) -> None:
 )
 def test_human_seconds(value: float, text: str) -> None:
     assert human_seconds(value) == text
+
+
+def test_run_directories_are_left_as_they_are(
+    tmp_path: Path, sweep: Path, write_status: WriteRun
+) -> None:
+    queued = write_status("lora-s0-0", status="queued", job_id="81_3")
+    killed = write_status("lora-s1-0", status="running", host="node7", process=9)
+    (killed / ".lock").touch()
+
+    def state() -> dict[Path, tuple[int, int]]:
+        paths = sweep.rglob("*")
+        return {p: (p.stat().st_mtime_ns, p.stat().st_ctime_ns) for p in paths}
+
+    before = state()
+    assert report_on([sweep], tmp_path / "elsewhere") == 0
+    assert report_on([queued]) == 0  # of one run: beside it
+    report = {p for p in state() if "lora-s0-0-report" in p.parts}
+    assert (queued.parent / "lora-s0-0-report" / "report.html") in report
+    changed = {p for p in state() if state()[p] != before.get(p)} - report
+    assert changed <= {queued.parent}

@@ -164,8 +164,21 @@ def test_a_killed_run_is_told_from_a_running_one(tmp_path: Path, write_status: W
     write_status("a-s0-0", status="running", host=here, process=done.pid)
     write_status("b-s0-0", status="running", host=here, process=os.getpid())
     write_status("c-s0-0", status="running", host=f"not-{here}", process=done.pid)
-    told = {run.strategies[0]: run.message for run in collect_runs([tmp_path]).unfinished}
-    assert told == {"a": f"its process {done.pid} is gone: it was killed", "b": "", "c": ""}
+    # nobody holds the lock of d, although its process, on another machine, cannot be asked after
+    (write_status("d-s0-0", status="running", host="node7", process=9) / ".lock").touch()
+    found = collect_runs([tmp_path]).unfinished
+    assert {run.strategies[0]: (run.state, run.message) for run in found} == {
+        "a": ("killed", f"its process {done.pid} on {here} is gone; the same command continues it"),
+        "b": ("running", ""),
+        "c": ("running", ""),
+        "d": ("killed", "its process 9 on node7 is gone; the same command continues it"),
+    }
+
+
+def test_a_queued_run_is_listed_with_its_job(tmp_path: Path, write_status: WriteRun) -> None:
+    write_status("a-s3-0", status="queued", job_id="81_3")
+    (run,) = collect_runs([tmp_path]).unfinished
+    assert (run.state, run.strategies, run.seed, run.message) == ("queued", ("a",), 3, "job 81_3")
 
 
 def test_a_foreign_status_is_named(sweep: Path) -> None:
