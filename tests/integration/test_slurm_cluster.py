@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 
 from tests.running import Outcome
 
+LAUNCH = Path(__file__).parents[2] / "launch"
 # A run here takes a few seconds; how long SLURM takes is its own affair.
 PATIENCE = 120.0
 # for runs that are to be caught in the middle: some ten seconds of training
@@ -52,14 +53,14 @@ def in_queue() -> str:
 
 
 @pytest.fixture
-def clpeft(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+def clpeft(tmp_path: Path) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
     """Runs a command line in a shell session of its own, which is gone afterwards."""
 
     def command(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "clpeft", *arguments],
             cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
             capture_output=True,
             text=True,
             check=False,
@@ -67,7 +68,10 @@ def clpeft(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
             start_new_session=True,
         )
 
-    return command
+    yield command
+    # what a test that failed left in the queue
+    for path in tmp_path.rglob("status.json"):
+        subprocess.run(["scancel", "--quiet", read(path)["job_id"]], check=False)
 
 
 def read(path: Path) -> Any:
@@ -274,7 +278,7 @@ def test_cancelled_run_is_seen_as_such(
     assert facts(job)["Restarts"] == "0"  # a cancelled job stays so
     assert status(folder)["reason"].startswith(f"cancelled: SLURM ended job {job};")
     told = clpeft("report", "outputs").stdout
-    assert re.search(r"preempted\s+finetune-s0-\w+\s+cancelled: SLURM ended job", told)
+    assert re.search(r"preempted\s+outputs/toy/finetune-s0-\w+\s+cancelled: SLURM ended job", told)
 
     again = clpeft("submit", *overrides)
     assert "Submitted 1 run as job " in again.stdout
@@ -292,7 +296,62 @@ def test_run_that_was_cancelled_before_it_began(
     folder = only(tmp_path, "finetune-s0-*")
     job = status(folder)["job_id"]
 
-    assert re.search(r"queued\s+finetune-s0-\w+", clpeft("report", "outputs").stdout)
+    assert re.search(r"queued\s+outputs/toy/finetune-s0-\w+", clpeft("report", "outputs").stdout)
     slurm("scancel", job)
     told = clpeft("report", "outputs").stdout
-    assert re.search(rf"killed\s+finetune-s0-\w+\s+its SLURM job {job} is gone", told)
+    assert re.search(rf"killed\s+outputs/toy/finetune-s0-\w+\s+its SLURM job {job} is gone", told)
+
+
+@pytest.mark.parametrize("name", ["one_gpu", "one_node", "several_nodes"])
+def test_slurm_takes_the_batch_files(name: str) -> None:
+    # they ask for GPUs, which this cluster has in name; it has no second node
+    nodes = ["--nodes=1"] if name == "several_nodes" else []
+    file = str(LAUNCH / "slurm" / f"{name}.sbatch")
+    tried = subprocess.run(
+        ["sbatch", "--test-only", *nodes, file], capture_output=True, text=True, check=False
+    )
+
+    assert re.search(r"Job \d+ to start at", tried.stderr), tried.stderr
+
+
+@pytest.mark.parametrize("name", ["one_gpu", "several_nodes"])
+def test_batch_file_saves_requeues_and_continues(
+    clpeft: Callable[..., subprocess.CompletedProcess[str]],
+    tiny: Callable[..., list[str]],
+    tmp_path: Path,
+    name: str,
+) -> None:
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "CONFIG": str(LAUNCH / "accelerate" / "ddp.yaml"),
+        "PROCESSES_PER_NODE": "2",
+    }
+    few = ["--nodes=1", "--cpus-per-task=1", "--gpus-per-node=0", "--parsable"]
+    job = subprocess.run(
+        ["sbatch", *few, LAUNCH / "slurm" / f"{name}.sbatch", *tiny("finetune", *LONG)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    written = tmp_path / f"slurm-{job}.log"
+    deadline = time.monotonic() + PATIENCE
+    while not list(tmp_path.glob("outputs/toy/*/status.json")):
+        assert time.monotonic() < deadline, written.read_text() if written.exists() else ""
+        time.sleep(0.2)
+    folder = only(tmp_path, "finetune-s0-*")
+    wait_for_the_middle(folder)
+    # as `#SBATCH --signal` has it sent: to the batch script, or to what srun started
+    batch = [] if name == "several_nodes" else ["--batch"]
+    slurm("scancel", *batch, "--signal=USR1", job)
+    wait_for_state(folder, "preempted")
+    assert "stopped by SIGUSR1" in status(folder)["reason"]
+    wait_for_state(folder, "completed", "failed")
+
+    assert (status(folder)["status"], status(folder)["attempt"]) == ("completed", 2)
+    assert status(folder)["job_id"] == job
+    assert facts(job)["Restarts"] == "1"
+    assert "continuing from " in written.read_text()
