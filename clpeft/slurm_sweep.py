@@ -15,13 +15,14 @@ from omegaconf import DictConfig
 
 from clpeft import slurm
 from clpeft.composition import explain
-from clpeft.config import ConfigError
+from clpeft.config import ConfigError, RunError
 from clpeft.launching import check, resume_directory
 from clpeft.rundir import RunDirectory
 from clpeft.slurm import SlurmSettings
 from clpeft.stopping import Preempted
 from clpeft.submission import (
     OWN_LOG,
+    check_apart,
     launcher_settings,
     new_folder,
     note_queued,
@@ -80,14 +81,15 @@ def run_on_slurm(
         first: Number of the first of them.
 
     Returns:
-        One answer per run. A run that was refused is given as failed; what became of the others
-        stands in their directories.
+        One answer per run: its average accuracy, or what it failed of. What became of one that
+        was cancelled or killed stands in its directory.
 
     Raises:
         ConfigError: If SLURM does not take the job.
     """
     settings = launcher_settings(config)
     planned = [plan(loader, config, one, number) for number, one in enumerate(job_overrides, first)]
+    check_apart(planned)
     refused: dict[Path, Exception] = {}
     accepted = []
     for run in planned:
@@ -167,5 +169,9 @@ def _answer(run: Planned, refused: Exception | None) -> JobReturn:
     deadline = time.monotonic() + LAST_WORDS_SECONDS
     while record.was_killed and time.monotonic() < deadline:
         time.sleep(0.5)
+    if record.status.get("status") == "failed":
+        answer.status = JobStatus.FAILED
+        answer.return_value = RunError(record.status.get("exception", ""))
+        return answer
     answer.return_value = record.results.get("metrics", {}).get("average_accuracy")
     return answer

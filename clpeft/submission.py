@@ -62,7 +62,7 @@ def submit(overrides: Sequence[str], *, dry_run: bool = False) -> int:
         require_sbatch()
     for run in planned:
         check(run.composed, run.directory)
-    _check_apart(planned)
+    check_apart(planned)
     runs = sort_out(planned)
     _tell_rest(runs)
     if not runs.left:
@@ -144,8 +144,15 @@ def launcher_settings(whole: DictConfig) -> SlurmSettings:
     return settings
 
 
-def _check_apart(planned: Sequence[Planned]) -> None:
-    """Refuses a sweep in which two runs would share a directory."""
+def check_apart(planned: Sequence[Planned]) -> None:
+    """Refuses a sweep in which two runs would share a directory.
+
+    Args:
+        planned: Its runs.
+
+    Raises:
+        ConfigError: If two of them do.
+    """
     seen: set[Path] = set()
     for run in planned:
         if run.directory in seen:
