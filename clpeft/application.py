@@ -158,9 +158,10 @@ def run_application(overrides: Sequence[str]) -> int:
 def _tell_of(sweep: Sweep) -> int:
     """Tells what became of a sweep, if there is one; returns its part in the exit code."""
     from clpeft.outcomes import UNSUCCESSFUL, summary
+    from clpeft.processes import is_main
 
     outcomes = sweep.outcomes()
-    if outcomes:
+    if outcomes and is_main():
         typer.echo(f"clpeft: {summary(outcomes)}", err=True)
     return int(any(outcome.state in UNSUCCESSFUL for outcome in outcomes))
 

@@ -505,7 +505,7 @@ def test_optuna_must_not_see_test_scores(sweep: Any, instant: list[Path]) -> Non
 def test_a_worker_that_was_killed_is_told_in_a_sentence(
     sweep: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def launch(*_: Any) -> None:
+    def launch(*_: Any, **__: Any) -> None:
         raise TerminatedWorkerError("A worker process managed by the executor was terminated")
 
     monkeypatch.setattr(WatchedLauncher, "launch", launch)
