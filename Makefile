@@ -58,10 +58,11 @@ test-quick: $(DEV) ## the tests that take less than about ten seconds each
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 .PHONY: quality format
-quality: $(DEV) ## ruff and mypy
+quality: $(DEV) ## ruff, mypy and shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck .ci/run launch/slurm/*
 format: $(DEV) ## let ruff put things in order
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .

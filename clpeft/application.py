@@ -110,12 +110,13 @@ def run_application(overrides: Sequence[str]) -> int:
 
     Returns:
         The exit code: 1 after a mistake in the command line, told in one sentence, and after a
-        sweep in which a run failed or was left undone; 130 if it was stopped. A sweep ends with
-        what became of its runs.
+        sweep in which a run failed or was left undone; 128 and the number of the signal if one
+        stopped it. A sweep ends with what became of its runs.
     """
     from hydra import main
 
     from clpeft.composition import explain, register_schemas
+    from clpeft.stopping import Preempted
     from clpeft.sweep_launcher import watching
 
     sys.argv = ["clpeft", *overrides]
@@ -128,6 +129,8 @@ def run_application(overrides: Sequence[str]) -> int:
         try:
             main(config_path="pkg://clpeft.conf", config_name="config", version_base="1.3")(job)()
             code = 0
+        except Preempted as asked:
+            code = asked.exit_code
         except KeyboardInterrupt:
             code = 130
         except RunFailedError:  # which a sweeper did not want to go past; the summary tells it

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -18,6 +18,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+MULTIRUN_FLAGS = {"-m", "--multirun"}  # implied by submit, and easily left in
 
 
 @app.command(
@@ -34,19 +36,39 @@ def run(overrides: Annotated[list[str] | None, typer.Argument()] = None) -> None
 @app.command()
 def resume(directory: Path) -> None:
     """Continue a stopped run from its directory, with the config that it was created with."""
-    from clpeft.composition import explain
     from clpeft.launching import resume_directory
+    from clpeft.stopping import Preempted
 
     try:
         resume_directory(directory)
+    except Preempted as asked:
+        sys.exit(asked.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        sentence = explain(error)
-        if sentence is None:
-            raise
-        typer.echo(f"clpeft: {sentence}", err=True)
-        sys.exit(1)
+        _refuse(error)
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def submit(
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be submitted, and stop.")
+    ] = False,
+) -> None:
+    """Submit a sweep to SLURM as one array job, and return at once.
+
+    Takes the overrides of `clpeft -m`; `hydra.launcher.partition` and its neighbours are what the
+    jobs ask of the cluster. Repeated, it submits what is not completed.
+    """
+    from clpeft.submission import submit as submit_sweep
+
+    given = [override for override in overrides or [] if override not in MULTIRUN_FLAGS]
+    try:
+        code = submit_sweep(given, dry_run=dry_run)
+    except Exception as error:
+        _refuse(error)
+    sys.exit(code)
 
 
 @app.command()
@@ -71,6 +93,17 @@ def list_choices(group: Annotated[str | None, typer.Argument()] = None) -> None:
     from clpeft.catalogue import show
 
     sys.exit(show(group))
+
+
+def _refuse(error: Exception) -> NoReturn:
+    """Ends with one sentence about a mistake; raises again what is none."""
+    from clpeft.composition import explain
+
+    sentence = explain(error)
+    if sentence is None:
+        raise error
+    typer.echo(f"clpeft: {sentence}", err=True)
+    sys.exit(1)
 
 
 def _unknown(word: str, commands: set[str]) -> int:

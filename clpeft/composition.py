@@ -17,6 +17,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationE
 from clpeft.config import Config, ConfigError, RunError, nearest
 from clpeft.processes import sharding, world_size
 from clpeft.registry import PEFT_METHODS, STRATEGIES, STREAMS
+from clpeft.slurm import SlurmSettings
 from clpeft.strategies.base import Strategy, defines
 
 # what Hydra's plugins are set to here, where they are installed: group → option → values
@@ -40,6 +41,7 @@ def register_schemas() -> None:
     """Gives Hydra the schemas of everything that can be chosen."""
     store = ConfigStore.instance()
     store.store(group="schema", name="root", node=Config)
+    store.store(group="schema", name="slurm", node=SlurmSettings)
     for registry in (STRATEGIES, PEFT_METHODS, STREAMS):
         for entry in registry:
             store.store(group=f"schema/{registry.kind}", name=entry.name, node=entry.config)
@@ -84,7 +86,7 @@ def settle(composed: DictConfig) -> Config:
         plain = OmegaConf.to_container(OmegaConf.select(typed, path), resolve=True)
         OmegaConf.update(typed, path, _fitted(schema, plain, f"{path}."), merge=False)
     config: Config = OmegaConf.to_object(typed)  # type: ignore[assignment]
-    _check_fields(config, "")
+    check_fields(config, "")
     _check_combination(config)
     return config
 
@@ -132,7 +134,7 @@ def _is_composing(composed: DictConfig) -> bool:
     return dataclasses.is_dataclass(OmegaConf.get_type(composed))
 
 
-def _check_fields(node: Any, path: str) -> None:
+def check_fields(node: Any, path: str) -> None:
     """Checks every field against the options or the minimum that its dataclass declares."""
     for field in dataclasses.fields(node):
         value = getattr(node, field.name)
@@ -146,11 +148,11 @@ def _check_fields(node: Any, path: str) -> None:
         for number in value if isinstance(value, list) else [value]:
             _check_range(f"{name}={value}", number, field.metadata)
         if dataclasses.is_dataclass(value):
-            _check_fields(value, f"{name}.")
+            check_fields(value, f"{name}.")
         elif isinstance(value, dict):
             for key, item in value.items():
                 if dataclasses.is_dataclass(item):
-                    _check_fields(item, f"{name}.{key}.")
+                    check_fields(item, f"{name}.{key}.")
 
 
 def _check_range(given: str, number: Any, limits: Mapping[str, Any]) -> None:
@@ -352,7 +354,7 @@ def _all_keys() -> set[str]:
         return found
 
     groups = {"model", "peft", "strategy", "stream", "optimizer", "scheduler", "training"}
-    found = keys(Config, "") | groups
+    found = keys(Config, "") | keys(SlurmSettings, "hydra.launcher.") | groups
     for entry in (*PEFT_METHODS, *STREAMS):
         found |= keys(entry.config, "peft." if entry in list(PEFT_METHODS) else "stream.")
     return found

@@ -14,8 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 from clpeft.composition import settle
 from clpeft.config import Config, ConfigError
 from clpeft.processes import is_main
-from clpeft.rundir import RunDirectory
-from clpeft.stopping import StopRequests
+from clpeft.rundir import RunDirectory, job_id
+from clpeft.slurm import requeue_if_asked
+from clpeft.stopping import Preempted, StopRequests
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,8 @@ def resume_directory(directory: Path) -> float | None:
 def launch(composed: DictConfig, directory: Path) -> float | None:
     """Checks, runs or continues a run; a completed one only shows its result.
 
+    In a job of SLURM, a run that is stopped because the job's time is over has it requeued.
+
     Args:
         composed: The config of the run.
         directory: The run directory.
@@ -50,33 +53,32 @@ def launch(composed: DictConfig, directory: Path) -> float | None:
     Raises:
         ConfigError: If the config could not work; nothing is left behind then.
     """
-    from clpeft.models.load import check_model
-    from clpeft.streams.base import check_stream
     from clpeft.tracking.console import log_to, show_results
 
     record = RunDirectory(directory)
     try:
-        config = settle(composed)
-        check_model(config.model)
-        check_stream(config.stream, config.paths.data_dir)
+        config = check(composed, directory)
         check_device(config)
-        record.check_is_for(composed)
     except ConfigError:
         record.discard_if_empty()
         raise
     if not is_main():
         return _assist(config, composed, record)
-    with record.claimed():
-        if config.force:
-            record.clear()
-        record.freeze(composed)
-        with log_to(directory / "run.log"):
-            results = record.results if record.status.get("status") == "completed" else {}
-            if results:
-                log.info("%s is completed; force=true starts it afresh", directory)
-                show_results(results)
-            else:
-                results = _carry_out(config, composed, record)
+    try:
+        with record.claimed():
+            if config.force:
+                record.clear()
+            record.freeze(composed)
+            with log_to(directory / "run.log"):
+                results = record.results if record.status.get("status") == "completed" else {}
+                if results:
+                    log.info("%s is completed; force=true starts it afresh", directory)
+                    show_results(results)
+                else:
+                    results = _carry_out(config, composed, record)
+    except Preempted as asked:
+        requeue_if_asked(asked, job_id())
+        raise
     return results["metrics"].get("average_accuracy")
 
 
@@ -105,6 +107,29 @@ def _carry_out(config: Config, composed: DictConfig, record: RunDirectory) -> di
         results = run_experiment(config, composed, record.path, stop)
         record.write_results(results)
     return results
+
+
+def check(composed: DictConfig, directory: Path) -> Config:
+    """Checks a run as far as neither a model nor the machine that it is to run on is needed.
+
+    Args:
+        composed: The config of the run.
+        directory: The run directory, which need not exist.
+
+    Returns:
+        Its settings.
+
+    Raises:
+        ConfigError: If the config could not work, or the directory holds another run.
+    """
+    from clpeft.models.load import check_model
+    from clpeft.streams.base import check_stream
+
+    config = settle(composed)
+    check_model(config.model)
+    check_stream(config.stream, config.paths.data_dir)
+    RunDirectory(directory).check_is_for(composed)
+    return config
 
 
 def check_device(config: Config) -> None:

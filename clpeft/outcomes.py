@@ -38,8 +38,7 @@ def outcome_of(directory: Path) -> Outcome:
     if not status:
         return Outcome(directory, "not started")
     if killed:
-        gone = f"process {status.get('process', '?')} on {status.get('host', '?')}"
-        return Outcome(directory, KILLED, f"its {gone} is gone")
+        return Outcome(directory, KILLED, f"its {record.worker} is gone")
     state = str(status.get("status"))
     if state == "completed" and not record.results:
         return Outcome(directory, INCOMPLETE, "completed, but there is no results.json")

@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from clpeft import slurm
 from clpeft.config import ConfigError, differences, result_settings, run_name
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 RESULTS_SCHEMA = 1  # of results.json; raised when a reader of old files would be misled
 # what a run writes, Hydra's own files among them
 LEFT_BY_A_RUN = (
-    *("config.yaml", "status.json", "results.json", "history.jsonl", "run.log"),
+    *("config.yaml", "status.json", "results.json", "history.jsonl", "run.log", "slurm.log"),
     *("checkpoints", "adapters", "wandb", "tensorboard", ".hydra"),
 )
 LOCK = ".lock"
@@ -185,14 +186,30 @@ class RunDirectory:
 
     @property
     def was_killed(self) -> bool:
-        """Whether the run calls itself running although no process works in the directory."""
-        if self.status.get("status") != "running" or self.is_claimed:
+        """Whether the run calls itself running, or queued, although nothing works on it any more.
+
+        So after SIGKILL, and after the cancellation of a job that had not begun.
+        """
+        if self.status.get("status") not in ("running", "queued") or self.is_claimed:
             return False
         status = self.status  # again: it may have ended in between, and then says how
+        job = status.get("job_id")
+        if job and slurm.is_in_queue(job):  # on a machine whose locks are not seen here
+            return False
+        if status.get("status") == "queued":
+            return bool(job) and slurm.is_here()
         if status.get("status") != "running":
             return False
         # a directory from before there were locks
         return (self.path / LOCK).exists() or _process_is_gone(status)
+
+    @property
+    def worker(self) -> str:
+        """Who works on the run, or did, or is to: a process, or a job of SLURM."""
+        status = self.status
+        if status.get("status") == "queued":
+            return f"SLURM job {status.get('job_id', '?')}"
+        return f"process {status.get('process', '?')} on {status.get('host', '?')}"
 
     def queue(self, **facts: Any) -> None:
         """Notes that a batch system is to run this.
@@ -224,7 +241,11 @@ class RunDirectory:
         try:
             yield
         except KeyboardInterrupt as asked:  # Preempted among them
-            reason = str(asked) or "interrupted (Ctrl-C); the same command continues it"
+            reason = (
+                slurm.reason(asked, job_id())
+                or str(asked)
+                or "interrupted (Ctrl-C); the same command continues it"
+            )
             self._tell(status | {"status": "preempted", "reason": reason, "ended": time.time()})
             log.warning("%s: %s", self.path, reason)
             raise

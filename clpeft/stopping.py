@@ -23,10 +23,12 @@ class Preempted(KeyboardInterrupt):
 
     Attributes:
         signal: Which signal asked.
+        exit_code: What a process that stopped for it ends with.
     """
 
     def __init__(self, number: int) -> None:
         self.signal = signal.Signals(number)
+        self.exit_code = 128 + number  # as shells count: 130 after Ctrl-C, 143 after SIGTERM
         by = "Ctrl-C" if self.signal == signal.SIGINT else self.signal.name
         super().__init__(f"stopped by {by}; the same command, or clpeft resume, continues it")
 

@@ -182,10 +182,10 @@ def _unfinished(
     if state == "completed":
         state = INCOMPLETE
         message = f"completed, but there is no {RESULTS}"
-    if state == "running" and RunDirectory(directory).was_killed:
+    record = RunDirectory(directory)
+    if state in ("running", "queued") and record.was_killed:
         state = KILLED
-        gone = f"process {status.get('process', '?')} on {status.get('host', '?')}"
-        message = f"its {gone} is gone; the same command continues it"
+        message = f"its {record.worker} is gone; the same command continues it"
     strategies = config.get("strategies")
     seed = config.get("seed")
     return UnfinishedRun(
