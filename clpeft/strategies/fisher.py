@@ -1,19 +1,28 @@
-"""The diagonal of the Fisher information, from per-example gradients."""
+"""The diagonal of the Fisher information, from gradients of single examples."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from clpeft.models.objective import IGNORED
-from clpeft.streams.batching import Batch, Columns
+from clpeft.strategies.per_example import PerExample
+from clpeft.streams.batching import Batch, Columns, sorted_batches
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from clpeft.training.run import Run
+
+log = logging.getLogger(__name__)
+
+# what is differentiated: log-likelihoods of a batch's examples [B], and their probabilities [B]
+Scored = tuple[Tensor, Tensor]
 
 
 def fisher_diagonal(
@@ -22,7 +31,8 @@ def fisher_diagonal(
     """Mean over examples of the squared gradient of each example's log-likelihood.
 
     The gradients are of single examples, of the pure task loss, and taken without dropout:
-    squares of a batch's mean gradient would be smaller by about the batch size.
+    squares of a batch's mean gradient would be smaller by about the batch size. They come from
+    batched passes (`PerExample`), which cost about as much as training on the examples.
 
     Args:
         run: Whose trainable parameters count.
@@ -39,51 +49,77 @@ def fisher_diagonal(
     Source: Kirkpatrick et al. 2017; the kinds after Kunstner et al. 2019, Limitations of the
         empirical Fisher approximation.
     """
-    parameters = list(run.trainable.values())
-    fisher = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
     chosen = torch.randperm(len(dataset), generator=generator)[:examples].numpy()
     columns = Columns(dataset)
-    with run.eval_mode():
-        for number, index in enumerate(chosen):
-            batch = run.batch(columns, [int(index)])
-            draws = torch.rand(batch.labels.shape, generator=generator, dtype=torch.float64)
-            if number % run.world_size != run.rank:
-                continue  # another process's, which draws the same numbers
-            for weight, gradient in _score_functions(run, batch, kind, draws):
-                squared = torch._foreach_mul(gradient, gradient)
-                torch._foreach_add_(fisher, squared, alpha=weight / len(chosen))
-    return run.sum_gradients(fisher)
+    # one seed per example: what is drawn for it hangs neither on its batch nor on its process
+    seeds = torch.randint(2**31, (len(chosen),), generator=generator)
+    fisher = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in run.trainable.items()}
+    batches = sorted_batches(columns.lengths[chosen], run.config.training.batch_size)
+    mine = batches[run.rank :: run.world_size]
+    recorded = PerExample(run.model, run.trainable)
+
+    def add(places: np.ndarray, adding: Callable[..., None]) -> None:
+        batch = run.batch(columns, chosen[places])
+        draws = _draws(batch, seeds[places]) if kind == "sampled" else None
+        recorded.forget()
+        for likelihood, weight in _likelihoods(run, batch, kind, draws):
+            adding(likelihood, weight / len(chosen), fisher)
+
+    with run.eval_mode(), recorded:
+        for places in mine:
+            add(places, recorded.add_squares)
+        if recorded.single:
+            log.info("batches of one are needed for %s", ", ".join(recorded.single))
+            for place in np.concatenate(mine):
+                add(np.array([place]), recorded.add_single_squares)
+    return run.sum_gradients(list(fisher.values()))
 
 
-def _score_functions(
-    run: Run, batch: Batch, kind: str, draws: Tensor
-) -> list[tuple[float, list[Tensor]]]:
-    """Gradients of one example's log-likelihood, each with its probability.
+def _likelihoods(run: Run, batch: Batch, kind: str, draws: Tensor | None) -> Iterator[Scored]:
+    """Log-likelihoods of the examples' labels [B], each with the labels' probabilities [B].
 
     Args:
         run: Whose model.
-        batch: One example.
+        batch: Examples.
         kind: See `fisher_diagonal`.
-        draws: Uniform in [0, 1), one for each of the batch's labels.
+        draws: With `sampled`: uniform in [0, 1), shaped as the batch's labels.
     """
     with run.accelerator.autocast():
         outputs = run.objective.forward(run.model, batch)
     logits, labels = run.objective.predicted(outputs, batch)
     scores = torch.log_softmax(logits, dim=-1)
     if kind == "exact":
-        weights = scores[0].detach().exp()
-        possible = [label for label in range(len(weights)) if weights[label] > 0]
-        return [
-            (float(weights[label]), _gradient(run, scores[0, label], label != possible[-1]))
-            for label in possible
-        ]
+        weights = scores.detach().exp()
+        for label in weights.any(dim=0).nonzero().flatten().tolist():
+            # a label that does not compete has probability 0 and a log of minus infinity
+            possible = weights[:, label] > 0
+            yield scores[:, label].masked_fill(~possible, 0.0), weights[:, label]
+        return
     targets = labels
-    if kind == "sampled":
-        targets = _drawn(scores.detach(), draws.to(labels.device)[..., -labels.shape[-1] :])
+    if draws is not None:
+        kept = draws.to(labels.device)[..., -labels.shape[-1] :] if labels.dim() > 1 else draws
+        targets = _drawn(scores.detach(), kept.to(labels.device))
         targets = targets.masked_fill(labels == IGNORED, IGNORED)
     picked = scores.gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
-    likelihood = picked.masked_fill(targets == IGNORED, 0.0).sum()
-    return [(1.0, _gradient(run, likelihood, False))]
+    likelihood = picked.masked_fill(targets == IGNORED, 0.0).reshape(len(batch), -1).sum(dim=1)
+    yield likelihood, torch.ones_like(likelihood)
+
+
+def _draws(batch: Batch, seeds: Tensor) -> Tensor:
+    """Uniform numbers in [0, 1) for the targets of a batch, shaped as its labels, in float64.
+
+    The k-th target of an example gets the k-th number of its seed, however the batch is padded.
+    """
+    labels = batch.labels.cpu()
+    rows: Any = labels if labels.dim() > 1 else labels[:, None]
+    draws = torch.zeros(rows.shape, dtype=torch.float64)
+    for row, seed in enumerate(seeds.tolist()):
+        own = rows[row] != IGNORED
+        numbers = torch.rand(
+            int(own.sum()), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
+        draws[row, own] = numbers
+    return draws.view(labels.shape)
 
 
 def _drawn(scores: Tensor, draws: Tensor) -> Tensor:
@@ -91,14 +127,3 @@ def _drawn(scores: Tensor, draws: Tensor) -> Tensor:
     summed = scores.double().exp().cumsum(dim=-1)
     # what is drawn is below the last sum, whatever that was rounded to
     return torch.searchsorted(summed, (draws * summed[..., -1])[..., None], right=True).squeeze(-1)
-
-
-def _gradient(run: Run, likelihood: Tensor, retain_graph: bool) -> list[Tensor]:
-    parameters = list(run.trainable.values())
-    found: Any = torch.autograd.grad(
-        likelihood, parameters, allow_unused=True, retain_graph=retain_graph
-    )
-    return [
-        torch.zeros_like(p, dtype=torch.float32) if g is None else g.float()
-        for p, g in zip(parameters, found, strict=True)
-    ]

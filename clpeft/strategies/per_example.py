@@ -1,0 +1,210 @@
+"""Gradients of single examples from one batched backward pass."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+# numbers held at a time for one parameter's gradients of single examples: 128 MiB in float32
+CHUNK_NUMBERS = 2**25
+
+
+# what tables of positions and distances are called, which are read once for a whole batch
+TABLES = {"position_embeddings", "embed_positions", "wpe", "relative_attention_bias"}
+
+
+@dataclass
+class Call:
+    """One use of a module in a forward pass."""
+
+    module: nn.Module
+    given: Tensor  # what it read: [B, ..., in], or token ids [B, T]
+    output: Tensor  # what it made of that, a part of the graph: [B, ..., out]
+
+
+class PerExample:
+    """Records a model's forward passes, so that gradients of single examples can be told apart.
+
+    For a linear layer, LoRA's A and B among them, the gradient of example b is Σ_t g_bt x_btᵀ, x
+    the layer's input and g the gradient of its output: one backward pass over a batch gives both
+    for all of its examples. Embeddings and norms go likewise. What else has parameters that train
+    is listed in `single`, for its gradients need batches of one.
+
+    Args:
+        model: Whose forward passes are recorded, inside `with`.
+        trainable: Name to parameter, those that count.
+
+    Attributes:
+        single: Names of the parameters that batches do not give; known in full after the first
+            batch of more than one example.
+    """
+
+    def __init__(self, model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> None:
+        self.trainable = dict(trainable)
+        self._names = {id(parameter): name for name, parameter in trainable.items()}
+        users: dict[str, list[nn.Module]] = defaultdict(list)
+        shared = set()
+        for path, module in model.named_modules():
+            for parameter in module.parameters(recurse=False):
+                if id(parameter) in self._names:
+                    name = self._names[id(parameter)]
+                    users[name].append(module)
+                    if _handler(module) is None or path.split(".")[-1] in TABLES:
+                        shared.add(name)
+        self.single = [name for name in trainable if name in shared or not users[name]]
+        batched = [module for name in users if name not in self.single for module in users[name]]
+        self._modules = list({id(module): module for module in batched}.values())
+        self._calls: list[Call] = []
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> PerExample:
+        self._handles = [m.register_forward_hook(self._record) for m in self._modules]
+        return self
+
+    def _record(self, module: nn.Module, given: tuple[Any, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            self._calls.append(Call(module, given[0].detach(), output))
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._calls = []
+
+    def forget(self) -> None:
+        """Drops what was recorded; to be called before each forward pass."""
+        self._calls = []
+
+    def add_squares(self, likelihood: Tensor, weights: Tensor, into: Mapping[str, Tensor]) -> None:
+        """Adds Σ_b w_b (∂ℓ_b/∂θ)² for the parameters that batches give.
+
+        Args:
+            likelihood: ℓ_b of each example of the last forward pass [B]; its graph is kept.
+            weights: w_b [B].
+            into: Name to float32 tensor, added to.
+        """
+
+        def weighted(gradients: Tensor, rows: slice) -> Tensor:
+            return torch.einsum("b...,b->...", gradients.square(), weights[rows])
+
+        self._add(likelihood, weighted, into)
+
+    def add_single_squares(
+        self, likelihood: Tensor, weights: Tensor, into: Mapping[str, Tensor]
+    ) -> None:
+        """The same for the parameters in `single`, from a batch of one."""
+        parameters = [self.trainable[name] for name in self.single]
+        found = torch.autograd.grad(
+            likelihood.sum(), parameters, allow_unused=True, retain_graph=True
+        )
+        for name, gradient in zip(self.single, found, strict=True):
+            if gradient is not None:
+                into[name].add_(gradient.float().square() * weights[0])
+
+    def _add(
+        self,
+        likelihood: Tensor,
+        reduction: Callable[[Tensor, slice], Tensor],
+        into: Mapping[str, Tensor],
+    ) -> None:
+        """Adds a sum over examples of a function of their gradients.
+
+        Args:
+            likelihood: [B].
+            reduction: Takes the gradients of some examples [b, *shape] and which of the batch they
+                are to a sum over them [*shape].
+            into: Name to float32 tensor, added to.
+        """
+        if not self._calls:
+            return
+        size = len(likelihood)
+        outputs = [call.output for call in self._calls]
+        found = torch.autograd.grad(likelihood.sum(), outputs, allow_unused=True, retain_graph=True)
+        uses: dict[str, list[tuple[Call, Tensor, str]]] = defaultdict(list)
+        for call, gradient in zip(self._calls, found, strict=True):
+            for own, parameter in call.module.named_parameters(recurse=False):
+                name = self._names.get(id(parameter))
+                if name is None or name in self.single:
+                    continue
+                if call.output.shape[0] != size or call.given.shape[0] != size:
+                    # examples are not kept apart; all batches of a data set show it alike
+                    self.single.append(name)
+                    uses.pop(name, None)
+                elif gradient is not None:
+                    uses[name].append((call, gradient, own))
+        for name, parts in uses.items():
+            step = max(1, CHUNK_NUMBERS // max(1, self.trainable[name].numel()))
+            for start in range(0, size, step):
+                rows = slice(start, min(start + step, size))
+                into[name].add_(reduction(_of_examples(parts, rows), rows))
+
+
+def _of_examples(parts: list[tuple[Call, Tensor, str]], rows: slice) -> Tensor:
+    """The gradients of some examples [b, *shape], summed over the uses of a parameter."""
+    total: Tensor | None = None
+    for call, gradient, own in parts:
+        handler = _handler(call.module)
+        assert handler is not None
+        part = handler(call.module, own, call.given[rows], gradient[rows].float())
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+Handler = Callable[[Any, str, Tensor, Tensor], Tensor]
+
+
+def _handler(module: nn.Module) -> Handler | None:
+    """How a module's gradients of single examples are found; None for kinds not known."""
+    kind = type(module).__name__
+    if isinstance(module, nn.Linear):
+        return _linear
+    if kind == "Conv1D":  # GPT-2's linear layer, its weight the other way round
+        return _transposed_linear
+    if type(module) is nn.Embedding:  # subclasses scale what they look up
+        return _embedding
+    if isinstance(module, nn.LayerNorm) or "RMSNorm" in kind or kind == "T5LayerNorm":
+        return _norm
+    return None
+
+
+def _linear(module: nn.Module, own: str, given: Tensor, gradient: Tensor) -> Tensor:
+    g = gradient.flatten(1, -2) if gradient.dim() > 2 else gradient[:, None]
+    if own == "bias":
+        return g.sum(dim=1)
+    x = given.float().flatten(1, -2) if given.dim() > 2 else given.float()[:, None]
+    return torch.bmm(g.transpose(1, 2), x)
+
+
+def _transposed_linear(module: nn.Module, own: str, given: Tensor, gradient: Tensor) -> Tensor:
+    found = _linear(module, own, given, gradient)
+    return found if own == "bias" else found.transpose(1, 2)
+
+
+def _embedding(module: Any, own: str, given: Tensor, gradient: Tensor) -> Tensor:
+    rows = given.shape[0]
+    found = gradient.new_zeros(rows, *module.weight.shape)
+    width = gradient.shape[-1]
+    ids = given.flatten(1)[..., None].expand(-1, -1, width)
+    found.scatter_add_(1, ids, gradient.reshape(rows, -1, width))
+    if module.padding_idx is not None:
+        found[:, module.padding_idx] = 0.0
+    return found
+
+
+def _norm(module: nn.Module, own: str, given: Tensor, gradient: Tensor) -> Tensor:
+    if own == "bias":
+        return gradient.flatten(1, -2).sum(dim=1)
+    # the output is affine in the weight, x̂·(c + w): x̂ is what one more of w adds
+    weight = dict(module.named_parameters(recurse=False))["weight"]
+    with torch.no_grad():
+        one, none = (
+            functional_call(module, {"weight": value}, (given,)).float()
+            for value in (torch.ones_like(weight), torch.zeros_like(weight))
+        )
+    return (gradient * (one - none)).flatten(1, -2).sum(dim=1)
