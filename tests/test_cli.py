@@ -380,7 +380,7 @@ def test_ctrl_c_is_written_down(tiny: Callable[..., list[str]], tmp_path: Path) 
     assert "Traceback" not in told
     assert status["status"] == "preempted"
     assert status["reason"] == (
-        "interrupted from the keyboard (Ctrl-C); the same command continues it"
+        "stopped by Ctrl-C; the same command, or clpeft resume, continues it"
     )
     assert (last["event"], last["exit_code"]) == ("end", 1)
     assert list(folder.glob("wandb/offline-run-*/*.wandb"))
