@@ -25,7 +25,7 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
-from clpeft import cli, launching
+from clpeft import cli, launching, slurm
 from clpeft.config import ConfigError
 from clpeft.outcomes import outcome_of, summary
 from clpeft.rundir import Busy, RunDirectory
@@ -150,6 +150,8 @@ def looks(folder: Path) -> dict[Path, tuple[int, int]]:
 
 def test_summary_tells_every_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(slurm, "is_here", lambda: True)
+    monkeypatch.setattr(slurm, "is_in_queue", lambda job: job in ("81_3", "81_4"))
     here = {"host": socket.gethostname(), "process": os.getpid()}
     done = write_status(tmp_path / "done", status="completed")
     (done / "results.json").write_text('{"matrix": []}')
@@ -161,21 +163,28 @@ def test_summary_tells_every_state(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (killed / ".lock").touch()
     write_status(tmp_path / "at-work", status="running", host="node7", process=12)
     write_status(tmp_path / "waiting", status="queued", job_id="81_3")
+    # on another machine, whose lock is not seen from here
+    write_status(tmp_path / "far", status="running", host="n8", process=3, job_id="81_4")
+    (tmp_path / "far" / ".lock").touch()
+    write_status(tmp_path / "cancelled", status="queued", job_id="81_5")
     write_status(tmp_path / "stopped", status="preempted", reason="stopped by SIGUSR1")
-    names = ["done", "lost", "bad", "killed", "at-work", "waiting", "stopped", "never"]
+    names = ["done", "lost", "bad", "killed", "at-work", "waiting", "far", "cancelled"]
+    names += ["stopped", "never"]
     with worked_on(tmp_path / "at-work"):
         before = looks(tmp_path)
         told = summary(outcome_of(tmp_path / name) for name in names)
         assert looks(tmp_path) == before
 
     assert told.splitlines() == [
-        "sweep of 8 runs: 1 completed, 1 failed, 1 killed, 1 incomplete, 1 preempted, 1 running, "
+        "sweep of 10 runs: 1 completed, 1 failed, 2 killed, 1 incomplete, 1 preempted, 2 running, "
         "1 queued, 1 not started",
         "  failed       bad: lines of it",
         f"  killed       killed: its process {os.getpid()} on {socket.gethostname()} is gone",
+        "  killed       cancelled: its SLURM job 81_5 is gone",
         "  incomplete   lost: completed, but there is no results.json",
         "  preempted    stopped: stopped by SIGUSR1",
         "  running      at-work: process 12 on node7",
+        "  running      far: process 3 on n8",
         "  queued       waiting: job 81_3",
         "  not started  never",
         "the same command does what is left of it",
@@ -310,7 +319,7 @@ def test_a_signal_between_runs_stops_the_sweep(
     monkeypatch.setattr(launching, "launch", launch)
     code, told = sweep("seed=1,2,3")
 
-    assert code == 130
+    assert code == 128 + number
     assert len(instant) == 1
     assert told[0] == "clpeft: sweep of 3 runs: 1 completed, 2 not started"
 
@@ -328,7 +337,7 @@ def test_a_signal_in_a_run_stops_the_sweep_after_it_is_saved(
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", stop)
         code, told = sweep("seed=0,1", *given)
-    assert code == 130
+    assert code == 143  # 128 and the number of SIGTERM
     assert told[0] == "clpeft: sweep of 2 runs: 1 preempted, 1 not started"
     assert "stopped by SIGTERM" in told[1]
     (first,) = (tmp_path / "outputs" / "toy").iterdir()

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from clpeft import slurm
 from clpeft.config import ConfigError
 from clpeft.reports.runs import collect_runs, last_line
 
@@ -175,7 +176,11 @@ def test_a_killed_run_is_told_from_a_running_one(tmp_path: Path, write_status: W
     }
 
 
-def test_a_queued_run_is_listed_with_its_job(tmp_path: Path, write_status: WriteRun) -> None:
+def test_a_queued_run_is_listed_with_its_job(
+    tmp_path: Path, write_status: WriteRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # where there is no SLURM to ask, it is believed
+    monkeypatch.setattr(slurm, "is_here", lambda: False)
     write_status("a-s3-0", status="queued", job_id="81_3")
     (run,) = collect_runs([tmp_path]).unfinished
     assert (run.state, run.strategies, run.seed, run.message) == ("queued", ("a",), 3, "job 81_3")
