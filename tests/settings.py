@@ -32,6 +32,16 @@ STRATEGY_SETTINGS: dict[str, Setting] = {
         ("strategies.ewc.lambda_=20", "strategies.ewc.fisher_examples=8"),
         trace="train/loss/ewc",
     ),
+    "l2": Setting(("strategies.l2.lambda_=0.5",), trace="train/loss/l2"),
+    "mas": Setting(
+        ("strategies.mas.lambda_=20", "strategies.mas.examples=8"),
+        trace="train/loss/mas",
+    ),
+    "online_ewc": Setting(
+        ("strategies.online_ewc.lambda_=20", "strategies.online_ewc.fisher_examples=8"),
+        trace="train/loss/online_ewc",
+    ),
+    "si": Setting(("strategies.si.lambda_=20",), trace="train/loss/si"),
     "finetune": Setting(keeps_state=False),
     "independent": Setting(),
     "joint": Setting(keeps_state=False),

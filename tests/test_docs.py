@@ -28,17 +28,17 @@ def test_added_strategy_runs(tiny: Callable[..., list[str]], tmp_path: Path) -> 
     code = blocks("docs/add_a_strategy.md", "python")
     (preset,) = blocks("docs/add_a_strategy.md", "yaml")
     package = tmp_path / "package"
-    metadata = package / "l2-1.0.dist-info"
+    metadata = package / "leash-1.0.dist-info"
     metadata.mkdir(parents=True)
-    (package / "l2.py").write_text(code[0])
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: l2\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text("[clpeft.strategies]\nl2 = l2\n")
+    (package / "leash.py").write_text(code[0])
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: leash\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[clpeft.strategies]\nl2 = leash\n")
     (package / "conf" / "strategy").mkdir(parents=True)
-    (package / "conf" / "strategy" / "l2.yaml").write_text(preset)
+    (package / "conf" / "strategy" / "leash.yaml").write_text(preset)
     overrides = [o for o in tiny("finetune") if not o.startswith("strategy=")]
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "clpeft", *overrides, "strategy=l2"),
+            *(sys.executable, "-m", "clpeft", *overrides, "strategy=leash"),
             f"hydra.searchpath=[file://{package / 'conf'}]",
             f"paths.output_dir={tmp_path / 'outputs'}",
         ],
@@ -51,14 +51,14 @@ def test_added_strategy_runs(tiny: Callable[..., list[str]], tmp_path: Path) -> 
     (history,) = (tmp_path / "outputs").rglob("history.jsonl")
     steps = [json.loads(line) for line in history.read_text().splitlines()]
     steps = [step for step in steps if step["event"] == "step"]
-    assert all("train/loss/l2" not in step for step in steps if step["task"] == 0)
-    terms = [step["train/loss/l2"] for step in steps if step["task"] == 1]
+    assert all("train/loss/leash" not in step for step in steps if step["task"] == 0)
+    terms = [step["train/loss/leash"] for step in steps if step["task"] == 1]
     # it starts where the last task ended, and is then pulled away and back
     assert terms[0] == 0.0
     assert min(terms[1:]) > 0.0
     assert {path.name for path in (history.parent / "checkpoints").iterdir()}
     assert list(yaml.safe_load((history.parent / "config.yaml").read_text())["strategies"]) == [
-        "l2"
+        "leash"
     ]
 
 

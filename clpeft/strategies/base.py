@@ -113,6 +113,13 @@ class Strategy:
         """
         return {}
 
+    def task_gradients(self, run: Run) -> None:
+        """Sees `.grad` once per optimizer step before any strategy changes it; changes nothing.
+
+        The gradients are accumulated, synchronised and unscaled; of the task's loss and of what
+        strategies added to it by `loss_terms`.
+        """
+
     def transform_gradients(self, run: Run) -> Mapping[str, float | Tensor]:
         """Changes `.grad` in place, once per optimizer step, before clipping.
 

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from clpeft.models.objective import IGNORED
-from clpeft.strategies.per_example import PerExample
-from clpeft.streams.batching import Batch, Columns, sorted_batches
+from clpeft.strategies.per_example import mean_over_examples
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from clpeft.streams.batching import Batch
     from clpeft.training.run import Run
-
-log = logging.getLogger(__name__)
 
 # what is differentiated: log-likelihoods of a batch's examples [B], and their probabilities [B]
 Scored = tuple[Tensor, Tensor]
@@ -31,8 +27,7 @@ def fisher_diagonal(
     """Mean over examples of the squared gradient of each example's log-likelihood.
 
     The gradients are of single examples, of the pure task loss, and taken without dropout:
-    squares of a batch's mean gradient would be smaller by about the batch size. They come from
-    batched passes (`PerExample`), which cost about as much as training on the examples.
+    squares of a batch's mean gradient would be smaller by about the batch size.
 
     Args:
         run: Whose trainable parameters count.
@@ -49,30 +44,14 @@ def fisher_diagonal(
     Source: Kirkpatrick et al. 2017; the kinds after Kunstner et al. 2019, Limitations of the
         empirical Fisher approximation.
     """
-    chosen = torch.randperm(len(dataset), generator=generator)[:examples].numpy()
-    columns = Columns(dataset)
-    # one seed per example: what is drawn for it hangs neither on its batch nor on its process
-    seeds = torch.randint(2**31, (len(chosen),), generator=generator)
-    fisher = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in run.trainable.items()}
-    batches = sorted_batches(columns.lengths[chosen], run.config.training.batch_size)
-    mine = batches[run.rank :: run.world_size]
-    recorded = PerExample(run.model, run.trainable)
 
-    def add(places: np.ndarray, adding: Callable[..., None]) -> None:
-        batch = run.batch(columns, chosen[places])
-        draws = _draws(batch, seeds[places]) if kind == "sampled" else None
-        recorded.forget()
-        for likelihood, weight in _likelihoods(run, batch, kind, draws):
-            adding(likelihood, weight / len(chosen), fisher)
+    def scored(batch: Batch, seeds: Tensor) -> Iterator[Scored]:
+        draws = _draws(batch, seeds) if kind == "sampled" else None
+        return _likelihoods(run, batch, kind, draws)
 
-    with run.eval_mode(), recorded:
-        for places in mine:
-            add(places, recorded.add_squares)
-        if recorded.single:
-            log.info("batches of one are needed for %s", ", ".join(recorded.single))
-            for place in np.concatenate(mine):
-                add(np.array([place]), recorded.add_single_squares)
-    return run.sum_gradients(list(fisher.values()))
+    return mean_over_examples(
+        run, dataset, torch.square, scored, examples=examples, generator=generator
+    )
 
 
 def _likelihoods(run: Run, batch: Batch, kind: str, draws: Tensor | None) -> Iterator[Scored]:

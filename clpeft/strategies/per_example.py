@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from clpeft.streams.batching import Columns, sorted_batches
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from clpeft.streams.batching import Batch
+    from clpeft.training.run import Run
+
+log = logging.getLogger(__name__)
 
 # numbers held at a time for one parameter's gradients of single examples: 128 MiB in float32
 CHUNK_NUMBERS = 2**25
@@ -17,6 +29,9 @@ CHUNK_NUMBERS = 2**25
 
 # what tables of positions and distances are called, which are read once for a whole batch
 TABLES = {"position_embeddings", "embed_positions", "wpe", "relative_attention_bias"}
+
+
+Elementwise = Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -80,51 +95,60 @@ class PerExample:
         """Drops what was recorded; to be called before each forward pass."""
         self._calls = []
 
-    def add_squares(self, likelihood: Tensor, weights: Tensor, into: Mapping[str, Tensor]) -> None:
-        """Adds Σ_b w_b (∂ℓ_b/∂θ)² for the parameters that batches give.
+    def add(
+        self,
+        function: Elementwise,
+        scores: Tensor,
+        weights: Tensor,
+        into: Mapping[str, Tensor],
+    ) -> None:
+        """Adds Σ_b w_b f(∂s_b/∂θ) for the parameters that batches give.
 
         Args:
-            likelihood: ℓ_b of each example of the last forward pass [B]; its graph is kept.
+            function: f, applied to each number, such as `torch.square`.
+            scores: s_b of each example of the last forward pass [B]; their graph is kept.
             weights: w_b [B].
             into: Name to float32 tensor, added to.
         """
 
         def weighted(gradients: Tensor, rows: slice) -> Tensor:
-            return torch.einsum("b...,b->...", gradients.square(), weights[rows])
+            return torch.einsum("b...,b->...", function(gradients), weights[rows])
 
-        self._add(likelihood, weighted, into)
+        self._add(scores, weighted, into)
 
-    def add_single_squares(
-        self, likelihood: Tensor, weights: Tensor, into: Mapping[str, Tensor]
+    def add_single(
+        self,
+        function: Elementwise,
+        scores: Tensor,
+        weights: Tensor,
+        into: Mapping[str, Tensor],
     ) -> None:
         """The same for the parameters in `single`, from a batch of one."""
         parameters = [self.trainable[name] for name in self.single]
-        found = torch.autograd.grad(
-            likelihood.sum(), parameters, allow_unused=True, retain_graph=True
-        )
+        found = torch.autograd.grad(scores.sum(), parameters, allow_unused=True, retain_graph=True)
         for name, gradient in zip(self.single, found, strict=True):
             if gradient is not None:
-                into[name].add_(gradient.float().square() * weights[0])
+                into[name].add_(function(gradient.float()) * weights[0])
 
     def _add(
         self,
-        likelihood: Tensor,
+        scores: Tensor,
         reduction: Callable[[Tensor, slice], Tensor],
         into: Mapping[str, Tensor],
     ) -> None:
         """Adds a sum over examples of a function of their gradients.
 
         Args:
-            likelihood: [B].
+            scores: [B].
             reduction: Takes the gradients of some examples [b, *shape] and which of the batch they
                 are to a sum over them [*shape].
             into: Name to float32 tensor, added to.
         """
         if not self._calls:
             return
-        size = len(likelihood)
+        size = len(scores)
         outputs = [call.output for call in self._calls]
-        found = torch.autograd.grad(likelihood.sum(), outputs, allow_unused=True, retain_graph=True)
+        found = torch.autograd.grad(scores.sum(), outputs, allow_unused=True, retain_graph=True)
         uses: dict[str, list[tuple[Call, Tensor, str]]] = defaultdict(list)
         for call, gradient in zip(self._calls, found, strict=True):
             for own, parameter in call.module.named_parameters(recurse=False):
@@ -208,3 +232,54 @@ def _norm(module: nn.Module, own: str, given: Tensor, gradient: Tensor) -> Tenso
             for value in (torch.ones_like(weight), torch.zeros_like(weight))
         )
     return (gradient * (one - none)).flatten(1, -2).sum(dim=1)
+
+
+def mean_over_examples(
+    run: Run,
+    dataset: Dataset,
+    function: Elementwise,
+    scored: Callable[[Batch, Tensor], Iterator[tuple[Tensor, Tensor]]],
+    *,
+    examples: int,
+    generator: torch.Generator,
+) -> list[Tensor]:
+    """E_x f(∂s(x)/∂θ) over examples of a data set, without dropout.
+
+    Batched passes (`PerExample`) give it, which cost about as much as training on the examples;
+    several processes share them.
+
+    Args:
+        run: Whose trainable parameters count.
+        dataset: Encoded examples.
+        function: f, applied to each number.
+        scored: Runs the model on a batch; gives s of its examples [B] and their weights [B], as
+            often as there are scores of an example. Takes a seed for each example too [B], which
+            hangs neither on its batch nor on its process.
+        examples: How many are drawn from the data set, at most.
+        generator: Draws them, and the seeds.
+
+    Returns:
+        One float32 tensor per entry of `run.trainable`, in its order.
+    """
+    chosen = torch.randperm(len(dataset), generator=generator)[:examples].numpy()
+    columns = Columns(dataset)
+    seeds = torch.randint(2**31, (len(chosen),), generator=generator)
+    sums = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in run.trainable.items()}
+    batches = sorted_batches(columns.lengths[chosen], run.config.training.batch_size)
+    mine = batches[run.rank :: run.world_size]
+    recorded = PerExample(run.model, run.trainable)
+
+    def go_through(places: np.ndarray, adding: Callable[..., None]) -> None:
+        recorded.forget()
+        batch = run.batch(columns, chosen[places])
+        for scores, weights in scored(batch, seeds[places]):
+            adding(function, scores, weights / len(chosen), sums)
+
+    with run.eval_mode(), recorded:
+        for places in mine:
+            go_through(places, recorded.add)
+        if recorded.single:
+            log.info("batches of one are needed for %s", ", ".join(recorded.single))
+            for place in np.concatenate(mine):
+                go_through(np.array([place]), recorded.add_single)
+    return run.sum_gradients(list(sums.values()))

@@ -89,6 +89,7 @@ class Loop:
         self.unfinished: dict[str, Any] | None = None
         self.random: dict[str, Any] | None = None
         self.gradient_makers = with_hook(run.strategies, "compute_gradients")
+        self.spectators = with_hook(run.strategies, "task_gradients")
         self.transformers = with_hook(run.strategies, "transform_gradients")
         self.batchers = with_hook(run.strategies, "transform_batch")
         self.terms = with_hook(run.strategies, "loss_terms")
@@ -270,6 +271,8 @@ class Loop:
             run.optimizer.zero_grad()
             self.cost.skipped_steps += 1
             return logs | {"train/skipped": self.cost.skipped_steps}
+        for strategy in self.spectators:
+            strategy.task_gradients(run)
         for strategy in self.transformers:
             for name, value in strategy.transform_gradients(run).items():
                 logs[f"train/{name}" if "/" in name else f"train/gradient/{name}"] = value

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from clpeft.strategies.ewc import EWC, Anchors, EWCConfig, ewc_gradient, ewc_penalty
+from clpeft.strategies.anchors import Anchors, quadratic_gradient, quadratic_penalty
+from clpeft.strategies.ewc import EWC, EWCConfig
 from clpeft.training.state import read_state, write_state
 
 
@@ -33,9 +34,9 @@ def test_by_hand() -> None:
     theta = [torch.tensor([3.0])]
 
     # ½ · ½ · (2·2² + 1·1² + 4·3²) = 45/4
-    assert ewc_penalty(theta, anchors, 0.5).item() == 11.25
+    assert quadratic_penalty(theta, anchors, 0.5).item() == 11.25
     # ½ · (2·2 + 1·1 + 4·3)
-    assert ewc_gradient(theta, anchors, 0.5)[0].tolist() == [8.5]
+    assert quadratic_gradient(theta, anchors, 0.5)[0].tolist() == [8.5]
 
 
 def test_folded_anchors_are_the_sum_of_separate_ones() -> None:
@@ -58,9 +59,9 @@ def test_folded_anchors_are_the_sum_of_separate_ones() -> None:
 
     # float32 tensors, summed in double: 2⁻²⁴ per term
     torch.testing.assert_close(
-        ewc_penalty(theta, anchors, 7.0), penalty.detach(), rtol=1e-6, atol=0
+        quadratic_penalty(theta, anchors, 7.0), penalty.detach(), rtol=1e-6, atol=0
     )
-    for found, t in zip(ewc_gradient(theta, anchors, 7.0), exact, strict=True):
+    for found, t in zip(quadratic_gradient(theta, anchors, 7.0), exact, strict=True):
         torch.testing.assert_close(found.double(), t.grad, rtol=1e-5, atol=1e-5)
 
 
@@ -73,13 +74,13 @@ def test_gradient_is_that_of_the_penalty() -> None:
         ]
     )
     theta = torch.randn(3, generator=generator)
-    (gradient,) = ewc_gradient([theta], anchors, 2.0)
+    (gradient,) = quadratic_gradient([theta], anchors, 2.0)
 
     for i in range(3):
         # central differences of a quadratic are exact but for rounding; h is large on purpose
         step = torch.zeros(3)
         step[i] = 0.5
-        up, down = (ewc_penalty([theta + sign * step], anchors, 2.0) for sign in (1, -1))
+        up, down = (quadratic_penalty([theta + sign * step], anchors, 2.0) for sign in (1, -1))
         assert float(up - down) == pytest.approx(float(gradient[i]), rel=1e-4)
 
 
@@ -91,16 +92,16 @@ def test_nothing_cancels_far_from_the_origin() -> None:
     )
     theta = [torch.tensor([1000.75])]
 
-    assert ewc_penalty(theta, anchors, 2.0).item() == 0.75**2 + 0.5**2 + 0.25**2
-    assert ewc_gradient(theta, anchors, 2.0)[0].item() == 2 * (0.75 + 0.5 + 0.25)
+    assert quadratic_penalty(theta, anchors, 2.0).item() == 0.75**2 + 0.5**2 + 0.25**2
+    assert quadratic_gradient(theta, anchors, 2.0)[0].item() == 2 * (0.75 + 0.5 + 0.25)
 
 
 def test_zero_at_a_single_anchor() -> None:
     weights = [torch.tensor([0.3, -1.7])]
     anchors = folded([(weights, [torch.tensor([2.0, 5.0])])])
 
-    assert ewc_penalty(weights, anchors, 3.0).item() == 0.0
-    assert ewc_gradient(weights, anchors, 3.0)[0].tolist() == [0.0, 0.0]
+    assert quadratic_penalty(weights, anchors, 3.0).item() == 0.0
+    assert quadratic_gradient(weights, anchors, 3.0)[0].tolist() == [0.0, 0.0]
 
 
 @pytest.fixture

@@ -138,11 +138,11 @@ def test_unknown_modules_are_named_and_found_one_by_one() -> None:
     trainable = dict(model.named_parameters())
     squares = {name: torch.zeros_like(p) for name, p in trainable.items()}
     with PerExample(model, trainable) as recorded:
-        recorded.add_squares(model(x), torch.ones(5), squares)
+        recorded.add(torch.square, model(x), torch.ones(5), squares)
         assert recorded.single == ["scale"]
         for row in range(5):
             recorded.forget()
-            recorded.add_single_squares(model(x[row : row + 1]), torch.ones(1), squares)
+            recorded.add_single(torch.square, model(x[row : row + 1]), torch.ones(1), squares)
 
     for name, parameter in trainable.items():
         expected = sum(
@@ -170,12 +170,12 @@ def test_module_that_does_not_keep_examples_apart_is_found_out() -> None:
     squares = {name: torch.zeros_like(p) for name, p in trainable.items()}
     with PerExample(model, trainable) as recorded:
         assert recorded.single == []
-        recorded.add_squares(model(x), torch.ones(5), squares)
+        recorded.add(torch.square, model(x), torch.ones(5), squares)
         assert recorded.single == ["words.weight"]
         assert squares["words.weight"].count_nonzero() == 0
         for row in range(5):
             recorded.forget()
-            recorded.add_single_squares(model(x[row : row + 1]), torch.ones(1), squares)
+            recorded.add_single(torch.square, model(x[row : row + 1]), torch.ones(1), squares)
 
     # row 1 is read; its slope for an example is the example
     assert torch.allclose(squares["words.weight"][1], (x**2).sum(dim=0))
@@ -190,7 +190,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("clpeft.strategies.per_example.CHUNK_NUMBERS", numbers)
         squares = {name: torch.zeros_like(p) for name, p in trainable.items()}
         with PerExample(model, trainable) as recorded:
-            recorded.add_squares(model(x), weights, squares)
+            recorded.add(torch.square, model(x), weights, squares)
         sums.append(squares)
     for name in trainable:
         torch.testing.assert_close(sums[1][name], sums[0][name])

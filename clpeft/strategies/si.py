@@ -1,0 +1,99 @@
+"""Synaptic intelligence: importance is what a weight contributed to the fall of the loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from clpeft.config import above, at_least
+from clpeft.registry import STRATEGIES
+from clpeft.strategies.anchors import AnchoredStrategy, moved
+from clpeft.strategies.base import StrategyConfig
+
+if TYPE_CHECKING:
+    from clpeft.streams.tokenize import EncodedTask
+    from clpeft.training.run import Run
+
+
+@dataclass
+class SIConfig(StrategyConfig):
+    """Settings of SI."""
+
+    lambda_: float = at_least(0)  # strength of the penalty, c in the paper
+    xi: float = above(0)  # keeps the importance of weights that hardly moved finite
+
+
+def path_integral(integral: list[Tensor], gradients: list[Tensor], moves: list[Tensor]) -> None:
+    """ω ← ω − g·Δθ, in place: what each weight's move took off the loss, to first order.
+
+    Args:
+        integral: ω so far, one float32 tensor per parameter.
+        gradients: g, the task's own gradient at the step's start.
+        moves: Δθ, what the optimizer made of it.
+    """
+    torch._foreach_addcmul_(integral, gradients, moves, value=-1.0)
+
+
+def consolidated(integral: list[Tensor], travelled: list[Tensor], xi: float) -> list[Tensor]:
+    """The importance that a task adds: relu(ω) / (Δ² + ξ), Δ the way from its first weights."""
+    return [w.clamp(min=0.0) / (t.square() + xi) for w, t in zip(integral, travelled, strict=True)]
+
+
+@STRATEGIES.register("si", config=SIConfig)
+class SI(AnchoredStrategy):
+    """(λ/2) Σ_i Ω_i (θ_i − θ*_i)², θ* the weights after the latest task.
+
+    Within a task ω ← ω − g·Δθ each step, with g the task's own gradient (summed over micro-batches,
+    unscaled, before any strategy or clipping changes it) and Δθ what the optimizer did. After it
+    Ω ← Ω + relu(ω)/((θ − θ_start)² + ξ), ω ← 0. The first task is followed too.
+
+    Source: Zenke et al. 2017, Continual Learning Through Synaptic Intelligence, equations 3 to 5.
+    """
+
+    config: SIConfig
+    term = "si"
+
+    def setup(self, run: Run) -> None:
+        super().setup(run)
+        parameters = list(run.trainable.values())
+        self._integral = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+        # the first task starts here; every other one at the anchor
+        self._anchors.centre = [p.detach().float().clone() for p in parameters]
+        self._gradients: list[Tensor] = []
+        self._before: list[Tensor] = []
+
+    def task_gradients(self, run: Run) -> None:
+        self._gradients = [gradient.float().clone() for gradient in run.filled_gradients()]
+        self._before = [p.detach().float().clone() for p in run.trainable.values()]
+
+    def after_step(self, run: Run) -> None:
+        if run.optimizer.step_was_skipped:  # its gradients overflowed in fp16
+            return
+        now = [parameter.detach().float() for parameter in run.trainable.values()]
+        path_integral(self._integral, self._gradients, torch._foreach_sub(now, self._before))
+
+    def _remember(self, run: Run, task: EncodedTask, parameters: list[Tensor]) -> None:
+        now = [parameter.detach().float() for parameter in parameters]
+        travelled = torch._foreach_sub(now, self._anchors.centre)
+        importance = consolidated(self._integral, travelled, self.config.xi)
+        torch._foreach_add_(importance, self._anchors.curvature)
+        self._anchors.replace(parameters, importance)
+        torch._foreach_zero_(self._integral)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "anchor": self._anchors.centre,
+            "importance": self._anchors.curvature,
+            "integral": self._integral,
+            "tasks": self._tasks,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        device = self._anchors.constant.device
+        self._anchors.centre = moved(state["anchor"], device)
+        self._anchors.curvature = moved(state["importance"], device)
+        self._integral = moved(state["integral"], device)
+        self._tasks = state["tasks"]
