@@ -17,6 +17,7 @@ CONTRACT = {
     "transform_batch",
     "compute_gradients",
     "loss_terms",
+    "task_gradients",
     "transform_gradients",
     "after_step",
     "after_task",
