@@ -50,8 +50,10 @@ def run_experiment(
     """
     run = build_run(config, directory)
     checkpoints = Checkpoints(directory, config.training.checkpoint, result_settings(composed))
+    if run.accelerator.is_main_process:
+        checkpoints.tidy()
     run.accelerator.wait_for_everyone()  # the main process may be clearing the directory
-    saved = checkpoints.newest()
+    saved = checkpoints.newest(lambda name: run.gathered(name)[0])
     watching: list[Observer] = []
     if run.accelerator.is_main_process:
         history = HistoryObserver(directory, resume_at=saved["history"] if saved else 0)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
+import time
 import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from clpeft.composition import settle
 from clpeft.config import Config, ConfigError
@@ -17,6 +19,8 @@ from clpeft.processes import is_main
 from clpeft.rundir import RunDirectory, job_id
 from clpeft.slurm import requeue_if_asked
 from clpeft.stopping import Preempted, StopRequests
+
+EPILOGUE_SECONDS = 100.0  # how long the other processes wait for the main one to have written
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +35,9 @@ def run_composed(composed: DictConfig) -> float | None:
 
 def resume_directory(directory: Path) -> float | None:
     """What `clpeft resume` does: continues a run with the config frozen in its directory."""
-    if not (directory / "config.yaml").is_file():
+    composed = RunDirectory(directory).frozen
+    if composed is None:
         raise ConfigError(f"{directory} holds no config.yaml, so it is not a run's directory.")
-    composed: DictConfig = OmegaConf.load(directory / "config.yaml")  # type: ignore[assignment]
     composed.force = False  # which started the run afresh; continuing it must not
     return launch(composed, directory)
 
@@ -62,44 +66,41 @@ def launch(composed: DictConfig, directory: Path) -> float | None:
     except ConfigError:
         record.discard_if_empty()
         raise
-    if not is_main():
-        return _assist(config, composed, record)
-    try:
-        with record.claimed():
-            if config.force:
-                record.clear()
-            record.freeze(composed)
-            with log_to(directory / "run.log"):
-                results = record.results if record.status.get("status") == "completed" else {}
-                if results:
-                    log.info("%s is completed; force=true starts it afresh", directory)
-                    show_results(results)
-                else:
-                    results = _carry_out(config, composed, record)
-    except Preempted as asked:
-        requeue_if_asked(asked, job_id())
-        raise
-    return results["metrics"].get("average_accuracy")
-
-
-def _assist(config: Config, composed: DictConfig, record: RunDirectory) -> float | None:
-    """What the other processes of a run do: train along, and write nothing."""
-    from clpeft.experiment import run_experiment
-
-    if record.status.get("status") == "completed" and not config.force:
-        return None
-    quiet_libraries()
-    keep_libraries()
+    if config.force and int(os.environ.get("SLURM_RESTART_COUNT", "0")):
+        # the job was started afresh before; requeued, it continues what it has done since
+        composed.force = config.force = False
     stop = StopRequests()
     with stop.listening():
-        results = run_experiment(config, composed, record.path, stop)
+        if not is_main():
+            return _assist(config, composed, record, stop)
+        try:
+            with record.claimed():
+                if config.force:
+                    record.clear()
+                record.freeze(composed)
+                with log_to(directory / "run.log"):
+                    results = _finished(record)
+                    if results:
+                        log.info("%s is completed; force=true starts it afresh", directory)
+                        show_results(results)
+                    else:
+                        results = _carry_out(config, composed, record, stop)
+        except Preempted as asked:
+            requeue_if_asked(asked, job_id())
+            raise
     return results["metrics"].get("average_accuracy")
 
 
-def _carry_out(config: Config, composed: DictConfig, record: RunDirectory) -> dict[str, Any]:
+def _finished(record: RunDirectory) -> dict[str, Any]:
+    """The results of a run that is completed; else empty."""
+    return record.results if record.status.get("status") == "completed" else {}
+
+
+def _carry_out(
+    config: Config, composed: DictConfig, record: RunDirectory, stop: StopRequests
+) -> dict[str, Any]:
     """Trains, and leaves results.json and a true status.json."""
-    stop = StopRequests()
-    with record.running(), stop.listening():
+    with record.running():
         from clpeft.experiment import run_experiment  # slow to import: after the checks
 
         quiet_libraries()
@@ -107,6 +108,27 @@ def _carry_out(config: Config, composed: DictConfig, record: RunDirectory) -> di
         results = run_experiment(config, composed, record.path, stop)
         record.write_results(results)
     return results
+
+
+def _assist(
+    config: Config, composed: DictConfig, record: RunDirectory, stop: StopRequests
+) -> float | None:
+    """What the other processes of a run do: train along, and write nothing."""
+    from clpeft.experiment import run_experiment
+
+    if _finished(record) and not config.force:
+        return None
+    quiet_libraries()
+    keep_libraries()
+    try:
+        results = run_experiment(config, composed, record.path, stop)
+    except Preempted:
+        # the launcher ends all processes once one has gone, and the main one has yet to write
+        until = time.monotonic() + EPILOGUE_SECONDS
+        while record.status.get("status") == "running" and time.monotonic() < until:
+            time.sleep(0.2)
+        raise
+    return results["metrics"].get("average_accuracy")
 
 
 def check(composed: DictConfig, directory: Path) -> Config:

@@ -241,12 +241,13 @@ class RunDirectory:
         try:
             yield
         except KeyboardInterrupt as asked:  # Preempted among them
-            reason = (
-                slurm.reason(asked, job_id())
-                or str(asked)
-                or "interrupted (Ctrl-C); the same command continues it"
-            )
-            self._tell(status | {"status": "preempted", "reason": reason, "ended": time.time()})
+            reason = str(asked) or "interrupted (Ctrl-C); the same command continues it"
+            told = {"status": "preempted", "reason": reason, "ended": time.time()}
+            self._tell_if_possible(status | told)
+            # SLURM may be slow to answer, and there may be no time to wait for it
+            if (why := slurm.reason(asked, job_id())) is not None:
+                reason = why
+                self._tell_if_possible(status | told | {"reason": reason})
             log.warning("%s: %s", self.path, reason)
             raise
         except BaseException as error:
@@ -256,7 +257,7 @@ class RunDirectory:
                 "traceback": traceback.format_exc(),
                 "ended": time.time(),
             }
-            self._tell(status | told)
+            self._tell_if_possible(status | told)
             log.error("%s failed: %s", self.path, told["exception"])
             raise
         self._tell(status | {"status": "completed", "ended": time.time()})
@@ -264,6 +265,13 @@ class RunDirectory:
     def write_results(self, results: dict[str, Any]) -> None:
         """Writes results.json whole or not at all."""
         _write(self.path / "results.json", json.dumps(results, indent=1) + "\n")
+
+    def _tell_if_possible(self, status: dict[str, Any]) -> None:
+        """Says how a run ended; a full disk must not hide why it did."""
+        try:
+            self._tell(status)
+        except OSError as error:
+            log.error("%s could not be written (%s)", self.path / "status.json", error)
 
     def _tell(self, status: dict[str, Any]) -> None:
         _write(self.path / "status.json", json.dumps(status, indent=1) + "\n")
@@ -325,6 +333,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, text: str) -> None:
+    """Writes a file whole or not at all, also if the power fails."""
     aside = path.with_name(f".{path.name}.part")
-    aside.write_text(text)
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(aside, path)

@@ -27,6 +27,7 @@ from clpeft.submission import (
     new_folder,
     note_queued,
     prepare,
+    release,
     sort_out,
 )
 from clpeft.sweeps import Planned, plan
@@ -134,7 +135,7 @@ def _submit(runs: Sequence[Planned], settings: SlurmSettings) -> None:
     for run, job in zip(runs, jobs, strict=True):
         note_queued(run, job.job_id)
     array = jobs[0].job_id.partition("_")[0]
-    slurm.call("scontrol", "release", array)
+    release(array)
     log.info("submitted %d runs as job %s; squeue --jobs=%s follows it", len(runs), array, array)
 
 

@@ -20,21 +20,23 @@ class Preempted(KeyboardInterrupt):
 
     Args:
         number: Of the signal.
+        at_once: Whether nothing is to be saved on the way out.
 
     Attributes:
         signal: Which signal asked.
         exit_code: What a process that stopped for it ends with.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, at_once: bool = False) -> None:
+        self.at_once = at_once
         self.signal = signal.Signals(number)
         self.exit_code = 128 + number  # as shells count: 130 after Ctrl-C, 143 after SIGTERM
         by = "Ctrl-C" if self.signal == signal.SIGINT else self.signal.name
         super().__init__(f"stopped by {by}; the same command, or clpeft resume, continues it")
 
-    def __reduce__(self) -> tuple[type[Preempted], tuple[int]]:
+    def __reduce__(self) -> tuple[type[Preempted], tuple[int, bool]]:
         # from a worker process to the one that started it
-        return type(self), (int(self.signal),)
+        return type(self), (int(self.signal), self.at_once)
 
 
 class StopRequests:
@@ -47,6 +49,16 @@ class StopRequests:
     def __init__(self) -> None:
         self.wanted = 0
         self._patient = False
+
+    def agreed(self, agree: Callable[..., list[int]]) -> int:
+        """The signal that the processes of a run go by; 0 if none of them got one.
+
+        Args:
+            agree: Gives the largest of what each process hands it.
+        """
+        order = (0, signal.SIGINT, signal.SIGTERM, *reversed(REQUEUED_AFTER))
+        (place,) = agree(order.index(self.wanted) if self.wanted in order else 0)
+        return int(order[place])
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -95,10 +107,15 @@ class StopRequests:
             self._patient = False
 
     def _heard(self, number: int, frame: FrameType | None) -> None:
-        again = self.wanted and number == signal.SIGINT
+        if self.wanted:
+            # The first wish counts: after USR1 a batch system's SIGTERM follows, which must not
+            # take the requeueing back. Only a person may become impatient.
+            if number == signal.SIGINT:
+                raise Preempted(number, at_once=True)
+            return
         self.wanted = number
-        if again or not self._patient:
-            raise Preempted(number)
+        if not self._patient:
+            raise Preempted(number, at_once=True)
         if number == signal.SIGINT:
             # not print: a handler may stand in the middle of another one
             os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")

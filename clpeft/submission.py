@@ -141,6 +141,12 @@ def launcher_settings(whole: DictConfig) -> SlurmSettings:
         raise ConfigError(f"hydra.launcher.{error.full_key}: {first}.") from error
     settings: SlurmSettings = OmegaConf.to_object(typed)  # type: ignore[assignment]
     check_fields(settings, "hydra.launcher.")
+    if settings.signal_delay_s >= 60 * settings.timeout_min:
+        raise ConfigError(
+            f"hydra.launcher.signal_delay_s={settings.signal_delay_s} is no less than "
+            f"hydra.launcher.timeout_min={settings.timeout_min}, so that a run would be told to "
+            f"stop as soon as it starts; give it more time."
+        )
     return settings
 
 
@@ -199,16 +205,21 @@ def prepare(run: Planned) -> None:
     """
     record = RunDirectory(run.directory)
     with record.claimed():
-        if run.composed.force:
-            record.clear()
         # what cannot change a result may have been changed since an earlier attempt
         (record.path / "config.yaml").unlink(missing_ok=True)
         record.freeze(run.composed)
 
 
 def note_queued(run: Planned, job: str) -> None:
-    """Writes down that a job is going to work on a run, in the place of how the last one ended."""
+    """Writes down that a job is going to work on a run, in the place of how the last one ended.
+
+    With `force` what the run left goes now, when SLURM has taken the job, and not before.
+    """
     record = RunDirectory(run.directory)
+    if run.composed.force:
+        with record.claimed():
+            record.clear()
+            record.freeze(run.composed)
     record.queue(job_id=job, attempt=record.status.get("attempt", 0))
 
 
@@ -223,8 +234,22 @@ def _submit(runs: Sequence[Planned], folder: Path, script: str) -> str:
     job = slurm.call("sbatch", "--parsable", "--hold", str(folder / SCRIPT)).strip().split(";")[0]
     for element, run in enumerate(runs):
         note_queued(run, f"{job}_{element}")
-    slurm.call("scontrol", "release", job)
+    release(job)
     return job
+
+
+def release(job: str) -> None:
+    """Lets a job start that was submitted held.
+
+    Raises:
+        ConfigError: If SLURM does not; what to type is in it, for the job waits.
+    """
+    try:
+        slurm.call("scontrol", "release", job)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error} Job {job} is submitted and waits; let it start with: scontrol release {job}"
+        ) from error
 
 
 def batch_script(settings: SlurmSettings, folder: Path, runs: int) -> str:
@@ -260,7 +285,8 @@ def batch_script(settings: SlurmSettings, folder: Path, runs: int) -> str:
             "export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",
             f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={settings.signal_delay_s}",
             f"exec {python} -m accelerate.commands.launch --multi_gpu --num_machines 1 \\",
-            f'    --num_processes {settings.gpus_per_node} --module clpeft resume "$directory"',
+            f"    --num_processes {settings.gpus_per_node} --main_process_port 0 \\",
+            '    --module clpeft resume "$directory"',
         ]
     else:
         lines.append(f'exec {python} -m clpeft resume "$directory"')

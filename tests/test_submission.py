@@ -259,6 +259,7 @@ def run_script(script: str, element: int, folder: Path) -> None:
         (
             4,
             "-m accelerate.commands.launch --multi_gpu --num_machines 1 --num_processes 4 "
+            "--main_process_port 0 "
             "--module clpeft resume {directory}",
         ),
     ],

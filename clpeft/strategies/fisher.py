@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -46,22 +46,21 @@ def fisher_diagonal(
     """
 
     def scored(batch: Batch, seeds: Tensor) -> Iterator[Scored]:
-        draws = _draws(batch, seeds) if kind == "sampled" else None
-        return _likelihoods(run, batch, kind, draws)
+        return _likelihoods(run, batch, kind, seeds)
 
     return mean_over_examples(
         run, dataset, torch.square, scored, examples=examples, generator=generator
     )
 
 
-def _likelihoods(run: Run, batch: Batch, kind: str, draws: Tensor | None) -> Iterator[Scored]:
+def _likelihoods(run: Run, batch: Batch, kind: str, seeds: Tensor) -> Iterator[Scored]:
     """Log-likelihoods of the examples' labels [B], each with the labels' probabilities [B].
 
     Args:
         run: Whose model.
         batch: Examples.
         kind: See `fisher_diagonal`.
-        draws: With `sampled`: uniform in [0, 1), shaped as the batch's labels.
+        seeds: With `sampled`: of what is drawn for each example [B].
     """
     with run.accelerator.autocast():
         outputs = run.objective.forward(run.model, batch)
@@ -75,29 +74,30 @@ def _likelihoods(run: Run, batch: Batch, kind: str, draws: Tensor | None) -> Ite
             yield scores[:, label].masked_fill(~possible, 0.0), weights[:, label]
         return
     targets = labels
-    if draws is not None:
-        kept = draws.to(labels.device)[..., -labels.shape[-1] :] if labels.dim() > 1 else draws
-        targets = _drawn(scores.detach(), kept.to(labels.device))
+    if kind == "sampled":
+        targets = _drawn(scores.detach(), _draws(labels, seeds).to(labels.device))
         targets = targets.masked_fill(labels == IGNORED, IGNORED)
     picked = scores.gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
     likelihood = picked.masked_fill(targets == IGNORED, 0.0).reshape(len(batch), -1).sum(dim=1)
     yield likelihood, torch.ones_like(likelihood)
 
 
-def _draws(batch: Batch, seeds: Tensor) -> Tensor:
+def _draws(labels: Tensor, seeds: Tensor) -> Tensor:
     """Uniform numbers in [0, 1) for the targets of a batch, shaped as its labels, in float64.
 
     The k-th target of an example gets the k-th number of its seed, however the batch is padded.
+
+    Args:
+        labels: As the loss sees them, [B] or [B, L]; -100 where there is no target.
+        seeds: [B].
     """
-    labels = batch.labels.cpu()
-    rows: Any = labels if labels.dim() > 1 else labels[:, None]
+    rows = labels.cpu().reshape(len(labels), -1)
     draws = torch.zeros(rows.shape, dtype=torch.float64)
     for row, seed in enumerate(seeds.tolist()):
         own = rows[row] != IGNORED
-        numbers = torch.rand(
+        draws[row, own] = torch.rand(
             int(own.sum()), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
         )
-        draws[row, own] = numbers
     return draws.view(labels.shape)
 
 

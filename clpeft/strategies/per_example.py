@@ -158,6 +158,7 @@ class PerExample:
                 if call.output.shape[0] != size or call.given.shape[0] != size:
                     # examples are not kept apart; all batches of a data set show it alike
                     self.single.append(name)
+                    into[name].zero_()  # what an earlier batch, of one example, gave
                     uses.pop(name, None)
                 elif gradient is not None:
                     uses[name].append((call, gradient, own))

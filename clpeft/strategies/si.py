@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,9 @@ def path_integral(integral: list[Tensor], gradients: list[Tensor], moves: list[T
     torch._foreach_addcmul_(integral, gradients, moves, value=-1.0)
 
 
-def consolidated(integral: list[Tensor], travelled: list[Tensor], xi: float) -> list[Tensor]:
+def consolidated(
+    integral: Sequence[Tensor], travelled: Sequence[Tensor], xi: float
+) -> list[Tensor]:
     """The importance that a task adds: relu(ω) / (Δ² + ξ), Δ the way from its first weights."""
     return [w.clamp(min=0.0) / (t.square() + xi) for w, t in zip(integral, travelled, strict=True)]
 
@@ -73,7 +76,8 @@ class SI(AnchoredStrategy):
         if run.optimizer.step_was_skipped:  # its gradients overflowed in fp16
             return
         now = [parameter.detach().float() for parameter in run.trainable.values()]
-        path_integral(self._integral, self._gradients, torch._foreach_sub(now, self._before))
+        moves = torch._foreach_sub(now, self._before)
+        path_integral(self._integral, self._gradients, list(moves))
 
     def _remember(self, run: Run, task: EncodedTask, parameters: list[Tensor]) -> None:
         now = [parameter.detach().float() for parameter in parameters]

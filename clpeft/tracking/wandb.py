@@ -53,6 +53,8 @@ class WandbObserver(Observer):
 
         self._tasks = info.tasks
         self._step = info.resumed_at_step
+        if info.resumed:
+            self._rows = info.resumed_at_task + 1
         (self._directory / "wandb").mkdir(parents=True, exist_ok=True)
         identifier = _run_id(self._directory / "wandb" / "run_id.txt", resumed=info.resumed)
         # the library's own messages are settings of the process, not of a run

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from clpeft.streams.tokenize import EncodedTask
@@ -25,13 +26,22 @@ def save_adapter(run: Run, task: EncodedTask, directory: Path) -> None:
 
     if not isinstance(run.model, PeftModel) or not run.accelerator.is_main_process:
         return
-    folder = directory / "adapters" / f"{task.index + 1}_{task.name}"
+    whole = directory / "adapters" / f"{task.index + 1}_{task.name}"
+    folder = whole.with_name(f".{whole.name}.part")
+    shutil.rmtree(folder, ignore_errors=True)
+    _save(run, task, folder)
+    shutil.rmtree(whole, ignore_errors=True)
+    folder.rename(whole)
+
+
+def _save(run: Run, task: EncodedTask, folder: Path) -> None:
     for strategy in run.strategies:
         if strategy.save_adapter(run, task, folder):
             return
+    model: Any = run.model
     # PEFT's model card takes ten times as long as the weights, and config.yaml says more
-    run.model.create_or_update_model_card = _no_card
-    run.model.save_pretrained(folder)
+    model.create_or_update_model_card = _no_card
+    model.save_pretrained(folder)
 
 
 def _no_card(folder: str) -> None:

@@ -85,20 +85,48 @@ class Checkpoints:
             )
             return False
         for old in self._folders()[: -self.config.keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)  # what a network file system still holds
         return True
 
-    def newest(self) -> dict[str, Any] | None:
+    def tidy(self) -> None:
+        """Clears up after a process that was killed while it wrote; for one process only."""
+        for unfinished in self.folder.glob(".step-*.part"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        for replaced in self.folder.glob(".step-*.old"):
+            folder = self.folder / replaced.name.removeprefix(".").removesuffix(".old")
+            if folder.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
+            else:  # what should have taken its place did not
+                replaced.rename(folder)
+
+    def newest(
+        self, agreed: Callable[[str | None], str | None] = lambda name: name
+    ) -> dict[str, Any] | None:
         """The state of the newest checkpoint that is whole; a broken one is named and passed by.
+
+        Args:
+            agreed: Of several processes, what the main one has: all go on from the same.
 
         Raises:
             ConfigError: If it was taken with other settings.
+            StateError: If this process cannot read what the main one could.
         """
-        for folder in reversed(self._folders()):
+        found = self._newest()
+        mine = None if found is None else found[0].name
+        chosen = agreed(mine)
+        if chosen is None:
+            return None
+        return found[1] if found and chosen == mine else read_state(self.folder / chosen)
+
+    def _newest(self) -> tuple[Path, dict[str, Any]] | None:
+        folders = self._folders()
+        for folder in reversed(folders):
             try:
                 state = read_state(folder)
             except StateError as error:
-                log.warning("%s; the checkpoint before it is used", error)
+                first = folder == folders[0]
+                rest = "there is none before it" if first else "the checkpoint before it is used"
+                log.warning("%s; %s", error, rest)
                 continue
             if told := differences(state["settings"], self.settings):
                 raise ConfigError(
@@ -106,7 +134,7 @@ class Checkpoints:
                     f"with force=true."
                 )
             log.info("continuing from %s", folder)
-            return state
+            return folder, state
         return None
 
     def _folders(self) -> list[Path]:
@@ -134,13 +162,14 @@ def captured(loop: Loop) -> dict[str, Any]:
         "random": run.gathered(random_states(run.generator)),
         "parameters": {name: p.detach() for name, p in run.changed.items()},
         "strategies": {str(i): s.state_dict() for i, s in enumerate(run.strategies)},
+        # of fp16; it goes on over all tasks
+        "scaler": None if scaler is None else scaler.state_dict(),
         "course": None
         if course is None
         else {
             "steps": course.steps,
             "optimizer": run.optimizer.state_dict(),
             "schedule": course.schedule.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
         },
     }
 
@@ -175,12 +204,13 @@ def restore(loop: Loop, state: dict[str, Any]) -> None:
         for name, value in state["parameters"].items():
             run.changed[name].copy_(value)
     loop.unfinished = state["course"]
-    loop.random = state["random"][run.accelerator.process_index % len(state["random"])]
+    loop.random = state["random"][run.rank % len(state["random"])]
+    run.generator.set_state(loop.random["run"])
+    if state["scaler"] and run.accelerator.scaler is not None:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
 
 
 def resume_course(run: Run, schedule: Any, saved: dict[str, Any]) -> None:
     """Puts back what belongs to the steps of the task that was under way."""
     run.optimizer.load_state_dict(saved["optimizer"])
     schedule.load_state_dict(saved["schedule"])
-    if saved["scaler"] is not None and run.accelerator.scaler is not None:
-        run.accelerator.scaler.load_state_dict(saved["scaler"])

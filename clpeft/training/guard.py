@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from clpeft.streams.batching import Batch
     from clpeft.training.run import Run
 
+SKIPS_AT_MOST = 100  # in a row
 NAMED = 32  # example ids in a message, at most
 
 
@@ -33,10 +34,11 @@ class Guard:
     def __init__(self, run: Run, mode: str) -> None:
         self.run = run
         self.mode = mode
+        self._skipped = (-1, 0)  # the step after the last one that was left out; how many in a row
         self._pending: list[tuple[int, list[Tensor], Tensor]] = []
 
     def skips(self, logs: Mapping[str, float | Tensor]) -> bool:
-        """Whether a step is to be left out, before strategies see its gradients.
+        """Whether a step is to be left out; asked before strategies see its gradients and after.
 
         Args:
             logs: The step's losses.
@@ -50,6 +52,22 @@ class Guard:
             health = health + 0.0 * torch.nn.utils.get_total_norm(gradients)
         (bad,) = run.agree(int(not bool(health.isfinite())))
         return bool(bad)
+
+    def count_skip(self) -> None:
+        """Takes note of a step that was left out.
+
+        Raises:
+            RunError: If many were, one after another: nothing would be learned any more.
+        """
+        run = self.run
+        in_a_row = self._skipped[1] + 1 if self._skipped[0] == run.step else 1
+        self._skipped = (run.step + 1, in_a_row)
+        if in_a_row >= SKIPS_AT_MOST:
+            raise RunError(
+                f"{in_a_row} steps in a row, up to step {run.step + 1} in task {run.where}, had a "
+                f"loss or gradient that is not finite, so nothing is learned any more; lower "
+                f"optimizer.lr or the strategy's strength."
+            )
 
     def watch(self, logs: Mapping[str, float | Tensor], batches: Sequence[Batch]) -> None:
         """Takes note of a step that is about to be made.
@@ -87,10 +105,12 @@ class Guard:
         (anywhere,) = run.agree(int(bad is not None))
         if not anywhere:
             return
-        if bad is None:
-            raise RunError("The loss is not finite in another process; its log names the step.")
-        step, ids, _ = pending[bad]
-        named = torch.cat([part.cpu() for part in ids]).tolist()
+        own = None
+        if bad is not None:
+            step, ids, _ = pending[bad]
+            own = [step, *torch.cat([part.cpu() for part in ids]).tolist()]
+        # every process says the same, with the examples of each that has such a step
+        step, *named = min(found for found in run.gathered(own) if found is not None)
         listed = ", ".join(map(str, named[:NAMED])) + (", ..." if len(named) > NAMED else "")
         raise RunError(
             f"The loss or its gradient is not finite at step {step}, in task {run.where}, on the "
@@ -122,10 +142,12 @@ def explained(run: Run) -> Iterator[None]:
             if run.phase == "training"
             else f"evaluation.batch_size={config.evaluation.batch_size}"
         )
+        more = ""
+        if run.phase == "training" and not config.training.gradient_checkpointing:
+            more = ", or set training.gradient_checkpointing=true"
         raise RunError(
             f"Out of memory in the {run.phase} of task {run.where}: lower {during} or "
-            f"stream.max_length={config.stream.max_length}, or set "
-            f"training.gradient_checkpointing=true."
+            f"stream.max_length={config.stream.max_length}{more}."
         ) from error
 
 

@@ -159,8 +159,9 @@ class Loop:
                         if row[task.index] is None:
                             row[task.index] = self.evaluator.score(task, trained, self._interrupt)
                             self._stop_if_asked()
-            except Preempted:
-                self.checkpoints.save(self)
+            except Preempted as asked:
+                if not asked.at_once:
+                    self.checkpoints.save(self)
                 raise
         self.row = None
         self.matrix.append(row)
@@ -235,7 +236,8 @@ class Loop:
             due: Whether a checkpoint is to be written in any case.
             saved: Whether one was written just now.
         """
-        wanted, due_anywhere = self.run.agree(self.stop.wanted, int(due))
+        (due_anywhere,) = self.run.agree(int(due))
+        wanted = self.stop.agreed(self.run.agree)
         if (wanted or due_anywhere) and not saved:
             self.guard.check()
             saved = self.checkpoints.save(self)
@@ -246,8 +248,7 @@ class Loop:
 
     def _stop_if_asked(self) -> None:
         """Stops all processes if one of them was asked to."""
-        (wanted,) = self.run.agree(self.stop.wanted)
-        if wanted:
+        if wanted := self.stop.agreed(self.run.agree):
             raise Preempted(wanted)
 
     def _interrupt(self) -> None:
@@ -268,9 +269,7 @@ class Loop:
         parameters = list(run.trainable.values())
         run.accelerator.unscale_gradients(run.optimizer)
         if self.guard.skips(logs):
-            run.optimizer.zero_grad()
-            self.cost.skipped_steps += 1
-            return logs | {"train/skipped": self.cost.skipped_steps}
+            return logs | self._skip()
         for strategy in self.spectators:
             strategy.task_gradients(run)
         for strategy in self.transformers:
@@ -279,6 +278,8 @@ class Loop:
         limit = run.config.training.max_grad_norm
         if limit is not None:
             logs["train/grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        if self.guard.skips(logs):  # what a strategy made of the gradients
+            return logs | self._skip()
         self.guard.watch(logs, micro_batches)
         run.optimizer.step()
         if not run.optimizer.step_was_skipped:  # by the scaler of fp16
@@ -287,6 +288,20 @@ class Loop:
         for strategy in self.finishers:
             strategy.after_step(run)
         return logs
+
+    def _skip(self) -> dict[str, float | Tensor]:
+        """Leaves a step out whose loss or gradient is not finite, and counts it.
+
+        Raises:
+            RunError: If too many in a row are.
+        """
+        run = self.run
+        if run.accelerator.scaler is not None:
+            run.accelerator.scaler.update()  # it has unscaled, and expects a step
+        run.optimizer.zero_grad()
+        self.cost.skipped_steps += 1
+        self.guard.count_skip()
+        return {"train/skipped": self.cost.skipped_steps}
 
     def _backward(self, micro_batches: list[Batch]) -> dict[str, float | Tensor]:
         """Accumulates the gradients of one step: the mean over its targets plus the terms."""

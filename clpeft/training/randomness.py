@@ -27,7 +27,7 @@ def random_states(generator: torch.Generator) -> dict[str, Any]:
     Args:
         generator: The run's own.
     """
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     kind, keys, *rest = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
@@ -42,8 +42,8 @@ def random_states(generator: torch.Generator) -> dict[str, Any]:
 def set_random_states(states: dict[str, Any], generator: torch.Generator) -> None:
     """Puts back what `random_states` gave."""
     torch.set_rng_state(states["torch"])
-    if states["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
     generator.set_state(states["run"])
     random.setstate(states["python"])
     kind, keys, *rest = states["numpy"]

@@ -54,9 +54,14 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
     except OSError:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    shutil.rmtree(folder, ignore_errors=True)
+    # the one that is replaced stands until the new one does
+    replaced = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, replaced)
     os.rename(aside, folder)
     _flush(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def read_state(folder: Path) -> dict[str, Any]:

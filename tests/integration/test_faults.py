@@ -77,7 +77,7 @@ def test_stopped_while_the_disk_is_full_it_goes_on_from_the_last_good_one(
     full = False
 
     def fsync(descriptor: int) -> None:
-        if full:
+        if full:  # for whatever is to be written, status.json too
             raise OSError(errno.ENOSPC, "No space left on device")
 
     original = Loop._backward
@@ -257,6 +257,16 @@ def test_step_that_is_skipped_is_counted_and_changes_nothing(
     assert same_bits(seen[11], seen[10])
     assert not same_bits(seen[12], seen[11])
     assert all(value.isfinite().all() for value in outcome.after.values())
+
+
+def test_run_that_only_skips_is_stopped(
+    tiny: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pull that overflows would otherwise be skipped step after step to a completed run."""
+    monkeypatch.setattr("clpeft.training.guard.SKIPS_AT_MOST", 5)
+    overrides = tiny("ewc", "strategies.ewc.lambda_=1e39", "training.on_nan=skip")
+    with pytest.raises(RunError, match=r"5 steps in a row, up to step 1\d in task 'birchford'"):
+        run_it(overrides, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 
 from clpeft.evaluation.evaluator import Evaluator
 from clpeft.strategies.base import Strategy
@@ -216,6 +217,54 @@ def test_a_second_ctrl_c_stops_at_once(tiny: Overrides, tmp_path: Path) -> None:
     assert stopped.run.step == 1
     assert stopped.status["status"] == "preempted"
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_the_first_signal_counts(tiny: Overrides, tmp_path: Path) -> None:
+    """SIGTERM follows USR1 when a job's time is over; it must not make a cancellation of it."""
+    original, calls = Loop._backward, iter(range(1, 100))
+
+    def both(self: Loop, *given: Any) -> Any:
+        if next(calls) == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *given)
+
+    with mock.patch.object(Loop, "_backward", both):
+        stopped = run_it(tiny("finetune"), tmp_path / "run", interrupted=True)
+
+    assert stopped.status["reason"].startswith("stopped by SIGUSR1;")
+    assert (tmp_path / "run" / "checkpoints" / "step-2-task-0").is_dir()
+
+
+def test_requeued_job_with_force_continues(
+    finished: Finished, tiny: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = tiny("finetune", "force=true")
+    with signalled(Loop, "_backward", 11, signal.SIGTERM):
+        run_it(overrides, tmp_path, interrupted=True)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    resumed = run_it(overrides, tmp_path)
+
+    assert "continuing from" in (tmp_path / "run.log").read_text()
+    assert same_bits(resumed.after, finished("finetune").after)
+
+
+def test_own_draws_go_on_after_a_boundary(
+    tiny: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a strategy draws from the run's generator is not drawn twice."""
+    drawn: list[float] = []
+
+    def after_task(self: Strategy, run: Any, task: Any) -> None:
+        drawn.append(float(torch.rand((), generator=run.generator)))
+
+    monkeypatch.setattr(Strategy, "after_task", after_task)
+    run_it(tiny("finetune"), tmp_path / "whole")
+    whole, drawn[:] = list(drawn), []
+    run_it(tiny("finetune"), tmp_path / "run", interrupt_after=1)
+    run_it(tiny("finetune"), tmp_path / "run")
+    assert drawn == whole
+    assert len({*drawn}) == 3
 
 
 def test_checkpoints_are_written_every_so_many_minutes(

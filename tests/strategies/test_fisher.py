@@ -152,3 +152,23 @@ def test_prompt_has_no_part_in_the_likelihood(
     expected = torch.zeros(3, 3)
     expected[1] = torch.tensor([1 / 9, 1 / 9, 4 / 9])
     torch.testing.assert_close(found, expected, **FLOAT32)
+
+
+def test_sampled_tokens_follow_the_models_distribution(
+    bigrams: Callable[..., Any], examples: Callable[..., Any]
+) -> None:
+    """Of a language model, whose labels stand one place behind the logits that predict them."""
+    run, n = bigrams(3), 600
+    with torch.no_grad():  # after token 1: p = (.2, .5, .3); after token 0: p = (0, 0, 1), nearly
+        run.model.table[1] = torch.tensor([0.2, 0.5, 0.3]).log()
+        run.model.table[0] = torch.tensor([-50.0, -50.0, 0.0])
+    # prompt 1, answer 0 2: the first drawn token follows row 1, the second row 0
+    found = fisher(run, examples([[1, 0, 2]] * n, prompt_length=1), "sampled", examples=n)
+
+    # the gradient in row 1 is 1[drawn] − p, so that its square tells the drawn tokens: of column c
+    # it is f (1 − p)² + (1 − f) p², f the share of c among those drawn
+    for token, p in ((0, 0.2), (2, 0.3)):  # for p = ½ the square says nothing
+        share = (float(found[1, token]) - p**2) / ((1 - p) ** 2 - p**2)
+        assert abs(share - p) < 3 * math.sqrt(p * (1 - p) / n)
+    # row 0 draws what is certain
+    torch.testing.assert_close(found[0], torch.zeros(3), rtol=0, atol=1e-9)

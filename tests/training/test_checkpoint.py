@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,32 @@ def test_damage_is_noticed_and_the_one_before_is_used(
     (warning,) = (r.getMessage() for r in caplog.records if r.levelno == logging.WARNING)
     assert broken.name in warning
     assert "the checkpoint before it is used" in warning
+
+
+def test_replaced_state_stands_until_the_new_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(enabled=True, keep=1), {})
+    folder = checkpoints.folder / "step-9-task-1"
+    write_state(folder, state(1))
+
+    def rename(source: Path, target: Path) -> None:
+        if Path(target) == folder:
+            raise KeyboardInterrupt  # killed between the two renames
+        original(source, target)
+
+    original = os.rename
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", rename)
+        with pytest.raises(KeyboardInterrupt):
+            write_state(folder, state(2))
+    assert not folder.exists()
+
+    checkpoints.tidy()
+    found = checkpoints.newest()
+    assert found is not None
+    assert found["step"] == 1
+    assert [path.name for path in checkpoints.folder.iterdir()] == [folder.name]
 
 
 def test_no_whole_checkpoint_is_none(tmp_path: Path) -> None:
