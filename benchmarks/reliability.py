@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import signal
@@ -56,8 +57,10 @@ def carry_out(output: Path, at_once: int, kill_every: float | None, rng: random.
     Args:
         output: Where the runs lie.
         at_once: Processes at a time.
-        kill_every: Seconds between kills (SIGKILL) of a random one; None leaves them alone.
-        rng: Chooses it.
+        kill_every: Seconds between kills (SIGKILL) of a random one, on average; None leaves them
+            alone. The pauses are random too: equal ones that are shorter than a start would never
+            let the last run come to anything.
+        rng: Chooses it, and the pauses.
 
     Returns:
         How many were killed.
@@ -66,14 +69,14 @@ def carry_out(output: Path, at_once: int, kill_every: float | None, rng: random.
     left = [(strategy, seed) for seed in SEEDS for strategy in STRATEGIES]
     going: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
     killed = 0
-    last = time.monotonic()
+    next_kill = time.monotonic() + (rng.expovariate(1 / kill_every) if kill_every else math.inf)
     while left or going:
         while left and len(going) < at_once:
             run = left.pop(0)
             going[run] = start(*run, output)
         time.sleep(0.05)
-        if kill_every is not None and time.monotonic() - last > kill_every:
-            last = time.monotonic()
+        if kill_every is not None and time.monotonic() > next_kill:
+            next_kill = time.monotonic() + rng.expovariate(1 / kill_every)
             victim = rng.choice(sorted(going))
             if going[victim].poll() is None:
                 going[victim].send_signal(signal.SIGKILL)
@@ -116,7 +119,9 @@ def main() -> None:
     """Runs both sweeps, compares, prints."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--at-once", type=int, default=2, help="processes at a time")
-    parser.add_argument("--kill-every", type=float, default=5.0, help="seconds between kills")
+    parser.add_argument(
+        "--kill-every", type=float, default=8.0, help="seconds between kills, on average"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the choice of victims")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -139,7 +144,7 @@ def main() -> None:
                 print(f"| {strategy} | {seed} | {starts} | {'yes' if same else '**no**'} |")
     total = len(STRATEGIES) * len(SEEDS)
     print(
-        f"\n{equal} of {total} equal after {kills} kills, one every {given.kill_every:g} s among "
+        f"\n{equal} of {total} equal after {kills} kills, one every {given.kill_every:g} s on average among "
         f"{given.at_once} at a time; {seconds:.0f} s, undisturbed {calm_seconds:.0f} s."
     )
     if equal < total:

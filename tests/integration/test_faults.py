@@ -110,7 +110,9 @@ def test_run_directory_that_cannot_be_written(
         return original(path, flags, *more, **others)
 
     monkeypatch.setattr(os, "open", refuse)
-    with pytest.raises(ConfigError, match=r"cannot be written \(Read-only file system\); make it"):
+    with pytest.raises(
+        ConfigError, match=r"cannot be written or locked \(Read-only file system\); make"
+    ):
         run_it(tiny("finetune"), tmp_path / "run")
 
 
