@@ -156,8 +156,8 @@ class RunDirectory:
             ) from None
         except OSError as error:
             raise ConfigError(
-                f"The run directory {self.path} cannot be written or locked ({error.strerror}); make "
-                f"it writable, or set paths.output_dir to a folder on a file system with locks."
+                f"The run directory {self.path} cannot be written or locked ({error.strerror}); "
+                f"make it writable, or set paths.output_dir to a folder on a file system with locks."
             ) from error
         try:
             yield
