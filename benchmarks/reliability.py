@@ -144,8 +144,8 @@ def main() -> None:
                 print(f"| {strategy} | {seed} | {starts} | {'yes' if same else '**no**'} |")
     total = len(STRATEGIES) * len(SEEDS)
     print(
-        f"\n{equal} of {total} equal after {kills} kills, one every {given.kill_every:g} s on average "
-        f"among {given.at_once} at a time; {seconds:.0f} s, undisturbed {calm_seconds:.0f} s."
+        f"\n{equal} of {total} equal after {kills} kills, one every {given.kill_every:g} s on "
+        f"average among {given.at_once} at a time; {seconds:.0f} s, undisturbed {calm_seconds:.0f} s."
     )
     if equal < total:
         raise SystemExit(1)

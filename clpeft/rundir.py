@@ -157,7 +157,8 @@ class RunDirectory:
         except OSError as error:
             raise ConfigError(
                 f"The run directory {self.path} cannot be written or locked ({error.strerror}); "
-                f"make it writable, or set paths.output_dir to a folder on a file system with locks."
+                f"make it writable, or set paths.output_dir to a folder on a file system that "
+                f"has locks."
             ) from error
         try:
             yield
