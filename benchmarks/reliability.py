@@ -145,7 +145,8 @@ def main() -> None:
     total = len(STRATEGIES) * len(SEEDS)
     print(
         f"\n{equal} of {total} equal after {kills} kills, one every {given.kill_every:g} s on "
-        f"average among {given.at_once} at a time; {seconds:.0f} s, undisturbed {calm_seconds:.0f} s."
+        f"average among {given.at_once} at a time; {seconds:.0f} s, "
+        f"undisturbed {calm_seconds:.0f} s."
     )
     if equal < total:
         raise SystemExit(1)
