@@ -72,6 +72,7 @@ def together(
                 "LOCAL_WORLD_SIZE": str(processes),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1",  # else Accelerate sets it, and warns
             }
             PartialState._reset_state()  # what this process knew of itself before the fork
             if signalled_at is not None and rank == processes - 1:
