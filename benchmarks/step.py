@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.composed import config_of, loop_of
-from clpeft.streams.batching import Batch
+from clpeft.streams.batch import Batch
 from clpeft.tracking.base import Observer
 
 ROUNDS = 15

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from clpeft.evaluation.evaluator import Evaluator
-    from clpeft.streams.batching import Batch
+    from clpeft.streams.batch import Batch
     from clpeft.streams.tokenize import EncodedTask
     from clpeft.tracking.base import Observer
     from clpeft.training.checkpoint import Checkpoints
@@ -306,8 +306,7 @@ class Loop:
     def _backward(self, micro_batches: list[Batch]) -> dict[str, float | Tensor]:
         """Accumulates the gradients of one step: the mean over its targets plus the terms."""
         run = self.run
-        # each process has its share of the targets, and gradients are averaged over processes
-        targets = run.total(sum(batch.num_targets for batch in micro_batches)) / run.world_size
+        run.count_targets(micro_batches)
         sums: dict[str, Any] = {"train/loss/task": 0.0}
         for number, batch in enumerate(micro_batches, 1):
             last = number == len(micro_batches)
@@ -317,7 +316,7 @@ class Loop:
                     sums["train/loss/task"] += part / len(micro_batches)
                     continue
                 outputs = run.objective.forward(run.prepared, batch)
-                loss = run.objective.total(outputs, batch) / targets
+                loss = run.objective.total(outputs, batch) / run.targets["task"]
                 sums["train/loss/task"] += loss.detach()
                 for strategy in self.terms:
                     for name, term in strategy.loss_terms(run, batch, outputs).items():

@@ -330,13 +330,14 @@ def test_accumulated_micro_batches_make_the_step_of_one_batch(
         eights = bucketed(lengths, 8, seed=seed, epoch=epoch)
         return [part for rows in eights for part in np.split(rows, 8 // batch_size)]
 
-    def dealt(self: Memory, run: Any, count: int) -> Any:
+    def dealt(self: Memory, count: int, rows: Tensor | None = None) -> Tensor:
         start = vars(self).setdefault("dealt", 0)
         self.dealt = start + count  # type: ignore[attr-defined]
-        return run.batch(self._columns, np.arange(start, start + count) % len(self))
+        among = torch.arange(len(self)) if rows is None else rows
+        return among[torch.arange(start, start + count) % len(among)]
 
     monkeypatch.setattr(batching, "bucketed_batches", halves)
-    monkeypatch.setattr(Memory, "draw", dealt)
+    monkeypatch.setattr(Memory, "sample", dealt)
     sgd = ("optimizer=sgd", "optimizer.lr=0.1", "optimizer.momentum=0.9", "peft.dropout=0")
     sgd += ("stream.num_tasks=2",)
     one = run_it(tiny(name, *sgd), tmp_path / "one")

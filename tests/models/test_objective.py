@@ -18,7 +18,7 @@ from clpeft.models.objective import (
     shift_right,
     takes_logits_to_keep,
 )
-from clpeft.streams.batching import Batch
+from clpeft.streams.batch import Batch
 
 
 def batch(labels: Tensor, tasks: list[int] | None = None) -> Batch:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from scipy import stats
 
-from clpeft.strategies.memory import Memory, reservoir
+from clpeft.strategies.memory import Memory
+from clpeft.strategies.selection import reservoir
 from clpeft.training.state import read_state, write_state
 
 Examples = Callable[..., Any]
@@ -74,20 +75,20 @@ def identities(memory: Memory) -> list[tuple[int, int]]:
     return list(zip(examples["task_id"], examples["example_id"], strict=True))
 
 
-def test_each_example_is_kept_once(examples: Examples) -> None:
-    memory = Memory(100, torch.Generator().manual_seed(0))
+def test_each_example_is_kept_once(bigrams: Examples, examples: Examples) -> None:
+    run, memory = bigrams(20), Memory(100, torch.Generator().manual_seed(0))
     for task in range(2):
-        memory.add(examples([[i, task] for i in range(6)], task=task))
+        memory.add(run, examples([[i, task] for i in range(6)], task=task))
 
     assert memory.seen == 12
     assert sorted(identities(memory)) == [(task, i) for task in range(2) for i in range(6)]
 
 
-def test_contents_belong_to_their_examples(examples: Examples) -> None:
-    memory = Memory(7, torch.Generator().manual_seed(0))
+def test_contents_belong_to_their_examples(bigrams: Examples, examples: Examples) -> None:
+    run, memory = bigrams(20), Memory(7, torch.Generator().manual_seed(0))
     for task in range(3):
         rows = [[10 * task + i] * (i + 1) for i in range(10)]
-        memory.add(examples(rows, labels=[i % 4 for i in range(10)], task=task))
+        memory.add(run, examples(rows, labels=[i % 4 for i in range(10)], task=task))
     kept = memory.examples
 
     assert kept is not None
@@ -100,7 +101,7 @@ def test_contents_belong_to_their_examples(examples: Examples) -> None:
 
 def test_draw_has_no_example_twice(bigrams: Callable[..., Any], examples: Examples) -> None:
     run, memory = bigrams(20), Memory(10, torch.Generator().manual_seed(0))
-    memory.add(examples([[i, i] for i in range(10)], prompt_length=1))
+    memory.add(run, examples([[i, i] for i in range(10)], prompt_length=1))
 
     drawn = [memory.draw(run, 4).example_ids.tolist() for _ in range(30)]
 
@@ -112,7 +113,7 @@ def test_draw_has_no_example_twice(bigrams: Callable[..., Any], examples: Exampl
 
 def test_drawn_batch_is_padded_anew(bigrams: Callable[..., Any], examples: Examples) -> None:
     run, memory = bigrams(20), Memory(10, torch.Generator().manual_seed(0))
-    memory.add(examples([[5, 6, 7, 8], [5, 9]], prompt_length=1))
+    memory.add(run, examples([[5, 6, 7, 8], [5, 9]], prompt_length=1))
 
     batch = memory.draw(run, 2)
     short = batch.example_ids.tolist().index(1)
@@ -126,7 +127,7 @@ def test_state_goes_through_the_disk_bit_by_bit(
     bigrams: Callable[..., Any], examples: Examples, tmp_path: Path
 ) -> None:
     run, memory = bigrams(200), Memory(8, torch.Generator().manual_seed(3))
-    memory.add(examples([[i] * (1 + i % 3) for i in range(30)], prompt_length=1))
+    memory.add(run, examples([[i] * (1 + i % 3) for i in range(30)], prompt_length=1))
     memory.draw(run, 3)
     write_state(tmp_path / "state", memory.state_dict())
     other = Memory(8, torch.Generator().manual_seed(99))
@@ -139,7 +140,7 @@ def test_state_goes_through_the_disk_bit_by_bit(
     for one, two in ((memory.draw(run, 3), other.draw(run, 3)) for _ in range(3)):
         assert torch.equal(one.inputs["input_ids"], two.inputs["input_ids"])
     for each in (memory, other):
-        each.add(examples([[i] for i in range(100, 140)], prompt_length=1, task=1))
+        each.add(run, examples([[i] for i in range(100, 140)], prompt_length=1, task=1))
     assert identities(memory) == identities(other)
     assert other.examples.to_dict() == memory.examples.to_dict()  # type: ignore[union-attr]
 

@@ -10,14 +10,13 @@ import pyarrow
 import pytest
 import torch
 
+from clpeft.streams.batch import Batch, concatenate
 from clpeft.streams.batching import (
     WINDOW,
-    Batch,
     BatchLoader,
     Collator,
     Columns,
     bucketed_batches,
-    concatenate,
     sorted_batches,
 )
 
