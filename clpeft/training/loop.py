@@ -109,18 +109,15 @@ class Loop:
             elif len(self.matrix) == run.tasks_seen:  # stopped while its row was being filled
                 self._close(run.stream.tasks[run.tasks_seen - 1])
             for task in run.stream.tasks[run.tasks_seen :]:
-                examples = self._open(task)
+                examples = self.open_task(task)
                 if len(examples):
                     self.train_task(task, examples)
                     self.skipped = 0
-                with self.cost.around_task():
-                    for strategy in reversed(run.strategies):
-                        strategy.after_task(run, task)
-                run.tasks_seen += 1
+                self.finish_task(task)
                 self._pause()
                 self._close(task)
 
-    def _open(self, task: EncodedTask) -> Dataset:
+    def open_task(self, task: EncodedTask) -> Dataset:
         """Begins a task, or goes on with one; returns what is trained on."""
         run, examples = self.run, task.train
         with self.cost.around_task():
@@ -135,6 +132,13 @@ class Loop:
             for strategy in run.strategies:
                 examples = strategy.train_examples(run, task, examples)
         return examples
+
+    def finish_task(self, task: EncodedTask) -> None:
+        """Lets the strategies take from a trained task what they keep of it."""
+        with self.cost.around_task():
+            for strategy in reversed(self.run.strategies):
+                strategy.after_task(self.run, task)
+        self.run.tasks_seen += 1
 
     def _close(self, task: EncodedTask) -> None:
         """Scores a trained task's row, and leaves its adapter and a checkpoint behind."""
