@@ -85,6 +85,13 @@ class Objective(ABC):
             logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum"
         )
 
+    def unmasked(
+        self, outputs: Any, batch: Batch, rows: Tensor | slice = slice(None)
+    ) -> tuple[Tensor, Tensor]:
+        """As `predicted`, of some rows, but with the logits of labels that do not compete too."""
+        logits, labels = self.predicted(outputs, batch)
+        return logits[rows], labels[rows]
+
     def for_labels(self, allowed: Tensor) -> Objective:
         """The objective of a task in which these labels compete; a head is masked to them.
 
@@ -130,6 +137,11 @@ class ClassificationObjective(Objective):
 
     def for_labels(self, allowed: Tensor) -> Objective:
         return ClassificationObjective(allowed)
+
+    def unmasked(
+        self, outputs: Any, batch: Batch, rows: Tensor | slice = slice(None)
+    ) -> tuple[Tensor, Tensor]:
+        return outputs.logits[rows].float(), batch.labels[rows]
 
     def predicted(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = outputs.logits.float()

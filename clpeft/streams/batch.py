@@ -19,11 +19,18 @@ class Part:
 
     Args:
         rows: Which ones.
-        num_targets: What a mean over them is taken over: examples, or tokens to be predicted.
+        num_targets: What a mean over their targets is taken over: examples, or tokens that are to
+            be predicted.
+        num_examples: How many of them have targets: all, unless they stand in for a share that has
+            none.
+        notes: What the term is computed from beside the model's outputs, by name; one row [...] for
+            each of theirs.
     """
 
     rows: slice
     num_targets: int
+    num_examples: int
+    notes: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -72,7 +79,10 @@ class Batch:
             moved(self.example_ids),
             None if self.weights is None else moved(self.weights),
             None if self.candidates is None else moved(self.candidates),
-            self.parts,
+            {
+                name: replace(part, notes={key: moved(note) for key, note in part.notes.items()})
+                for name, part in self.parts.items()
+            },
         )
         return batch.counted(self.num_targets, self.target_width, self.rows)
 
@@ -93,8 +103,7 @@ class Batch:
         A causal model predicts nothing at position 0, and no answer begins there, so that the
         shift of the labels leaves the number as it is.
         """
-        aside = sum(part.num_targets for part in self.parts.values())
-        return int((self.labels != IGNORED).sum()) - aside
+        return int((self.labels[self.own_rows] != IGNORED).sum())
 
     @cached_property
     def target_width(self) -> int:
@@ -152,9 +161,16 @@ def concatenate(batches: Sequence[Batch], pad_token_id: int) -> Batch:
     )
 
 
-def set_aside(batch: Batch, name: str) -> Batch:
-    """A batch whose rows are all one part: a term of this name takes the place of their loss."""
-    part = Part(slice(0, len(batch)), batch.num_targets)
+def set_aside(batch: Batch, name: str, notes: Mapping[str, Tensor] | None = None) -> Batch:
+    """A batch whose rows are all one part: a term of this name takes the place of their loss.
+
+    Args:
+        batch: As it was cut; one process's share of the term's examples.
+        name: The part's and the term's.
+        notes: What the term needs to know of each row.
+    """
+    examples = len(batch) if batch.num_targets else 0
+    part = Part(slice(0, len(batch)), batch.num_targets, examples, notes or {})
     aside = replace(batch, parts={name: part})
     return aside.counted(0, batch.target_width, batch.rows)
 
@@ -187,6 +203,6 @@ def _parts(batches: Sequence[Batch]) -> dict[str, Part]:
         for name, part in batch.parts.items():
             assert name not in found, f"two parts '{name}' in one batch"
             rows = slice(part.rows.start + start, part.rows.stop + start)
-            found[name] = Part(rows, part.num_targets)
+            found[name] = replace(part, rows=rows)
         start += len(batch)
     return found

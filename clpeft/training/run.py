@@ -53,6 +53,7 @@ class Run:
         phase: What is going on, for messages: setup, training or evaluation.
         changed: Name to parameter, all that train or have trained: what a checkpoint holds.
         targets: What the step's losses are means over, per process: of `task` and of each part.
+        examples: How many examples of each part have targets in the step, likewise.
         micro_batches: How many the step has.
         logging: Whether this step's values are read; what is costly to compute may wait for that.
         generator: On the CPU, seeded by the run's seed, for what strategies draw.
@@ -86,6 +87,7 @@ class Run:
         self.optimizer: Any = None
         self.logging = False
         self.targets: dict[str, float] = {}
+        self.examples: dict[str, float] = {}
         self.micro_batches = 1
         self.phase = "setup"
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -231,12 +233,16 @@ class Run:
         Of several processes each has its share of the targets, and gradients are averaged over
         processes: the numbers are the totals divided by how many there are.
         """
-        counts = {"task": sum(batch.num_targets for batch in micro_batches)}
+        targets = {"task": sum(batch.num_targets for batch in micro_batches)}
+        examples: dict[str, int] = {}
         for batch in micro_batches:
             for name, part in batch.parts.items():
-                counts[name] = counts.get(name, 0) + part.num_targets
-        totals = self.summed(np.array(list(counts.values()), dtype=np.float64))
-        self.targets = dict(zip(counts, (totals / self.world_size).tolist(), strict=True))
+                targets[name] = targets.get(name, 0) + part.num_targets
+                examples[name] = examples.get(name, 0) + part.num_examples
+        counts = np.array([*targets.values(), *examples.values()], dtype=np.float64)
+        shares = (self.summed(counts) / self.world_size).tolist()
+        self.targets = dict(zip(targets, shares[: len(targets)], strict=True))
+        self.examples = dict(zip(examples, shares[len(targets) :], strict=True))
         self.micro_batches = len(micro_batches)
 
     def per_target(self, total: Tensor, part: str = "task") -> Tensor:
@@ -249,8 +255,20 @@ class Run:
             total: The sum, a scalar.
             part: Whose targets: those of the task loss, or a part's.
         """
+        return self._as_mean(total, self.targets[part])
+
+    def per_example(self, total: Tensor, part: str) -> Tensor:
+        """A sum over a part's examples of one micro-batch, as a mean over the step's; see above.
+
+        Args:
+            total: The sum, a scalar; examples without targets add nothing to it.
+            part: The part's name.
+        """
+        return self._as_mean(total, self.examples[part])
+
+    def _as_mean(self, total: Tensor, count: float) -> Tensor:
         # the loop divides every term by the number of micro-batches
-        return total * (self.micro_batches / max(self.targets[part], 1 / self.world_size))
+        return total * (self.micro_batches / max(count, 1 / self.world_size))
 
     def admitted(self, task: EncodedTask, examples: Dataset, source: str) -> Dataset:
         """The examples of a task that no strategy objects to.

@@ -53,6 +53,8 @@ def test_labels_that_do_not_compete_are_left_out_example_by_example() -> None:
     assert objective.per_example(outputs(logits), given).tolist() == pytest.approx(expected)
     masked, _ = objective.predicted(outputs(logits), given)
     assert masked.isinf().tolist() == [[False, False, True], [True, False, False]]
+    every, labels = objective.unmasked(outputs(logits), given, slice(1, 2))
+    assert (every.tolist(), labels.tolist()) == (logits[1:].tolist(), [2])
 
 
 def test_causal_position_predicts_the_next_token() -> None:
