@@ -170,6 +170,11 @@ class CausalObjective(Objective):
         # one more than the targets' columns: position t predicts token t+1
         return model(**batch.inputs, logits_to_keep=batch.target_width + 1)
 
+    def _hidden(self, model: nn.Module, batch: Batch) -> Tensor:
+        # logits are not asked for; one position's are the fewest there are
+        fewest = {"logits_to_keep": 1} if self.keeps_logits else {}
+        return model(**batch.inputs, output_hidden_states=True, **fewest).hidden_states[-1]
+
     def _inputs(self, batch: Batch) -> Tensor:
         return super()._inputs(batch) & (batch.labels == IGNORED)
 

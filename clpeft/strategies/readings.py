@@ -31,25 +31,30 @@ def read(run: Run, dataset: Dataset, reading: Callable[[Batch], Tensor]) -> list
         reading: Runs the model on a batch; gives one row per example, [B, ...].
 
     Returns:
-        A tensor per batch's width may differ, so one per example: [...] each, on the CPU, in the
-        data set's order.
+        One tensor per example, whose size may hang on its batch's width: [...] each, on the CPU,
+        in the data set's order.
     """
     columns = Columns(dataset)
     batches = sorted_batches(columns.lengths, run.config.training.batch_size)
-    found: list[tuple[int, Tensor]] = []
+    found: list[tuple[np.ndarray, Tensor]] = []
     with run.eval_mode(), torch.no_grad():
         for rows in batches[run.rank :: run.world_size]:
             with run.accelerator.autocast():
-                values = reading(run.batch(columns, rows)).cpu()
-            found += zip(rows.tolist(), values, strict=True)
+                values = reading(run.batch(columns, rows))
+            # a copy, since a view would take all that it looks at to the other processes
+            found.append((rows, values.cpu().clone()))
     everywhere = [pair for part in run.gathered(found) for pair in part]
-    everywhere.sort(key=lambda pair: pair[0])
-    return [value for _, value in everywhere]
+    by_row = {
+        row: value
+        for rows, values in everywhere
+        for row, value in zip(rows.tolist(), values, strict=True)
+    }
+    return [by_row[row] for row in range(len(columns))]
 
 
 def features(run: Run, dataset: Dataset) -> Tensor:
     """Mean hidden states of the last layer over each input: [N, D] in float32."""
-    return torch.stack(read(run, dataset, lambda batch: run.objective.features(run.model, batch)))
+    return _stacked(read(run, dataset, lambda batch: run.objective.features(run.model, batch)))
 
 
 def uncertainty(run: Run, dataset: Dataset) -> Tensor:
@@ -66,7 +71,7 @@ def uncertainty(run: Run, dataset: Dataset) -> Tensor:
         entropies = entropy(logits).view(len(batch), -1).masked_fill(~counted, 0.0)
         return entropies.sum(dim=1) / counted.sum(dim=1)
 
-    return torch.stack(read(run, dataset, mean_entropy))
+    return _stacked(read(run, dataset, mean_entropy))
 
 
 def losses(run: Run, dataset: Dataset) -> Tensor:
@@ -75,7 +80,12 @@ def losses(run: Run, dataset: Dataset) -> Tensor:
     def loss(batch: Batch) -> Tensor:
         return run.per_example_loss(batch, run.objective.forward(run.model, batch))
 
-    return torch.stack(read(run, dataset, loss))
+    return _stacked(read(run, dataset, loss))
+
+
+def _stacked(rows: list[Tensor]) -> Tensor:
+    """Rows as one tensor; of none an empty one, as where no example was admitted."""
+    return torch.stack(rows) if rows else torch.zeros(0)
 
 
 def classes(dataset: Dataset) -> np.ndarray:

@@ -86,8 +86,9 @@ def best_of_each(
     bars = dict(bars)
     members: dict[int, list[int]] = {}
     for index, group in enumerate(groups):
-        # what is no better than something given up earlier would not have been kept either
-        if keys[index] < bars.get(group, float("inf")):
+        # what is worse than something given up earlier would not have been kept either; what is as
+        # good may be held, where keys are no random numbers but places in an order
+        if keys[index] <= bars.get(group, float("inf")):
             members.setdefault(group, []).append(index)
     shares = equal_shares({group: len(rows) for group, rows in members.items()}, capacity)
     held = []
