@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from clpeft.config import at_least
 from clpeft.registry import STRATEGIES
-from clpeft.strategies.base import Strategy, StrategyConfig
+from clpeft.strategies.base import Evidence, Strategy, StrategyConfig
 from clpeft.strategies.memory import Memory
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ class AGEM(Strategy):
 
     config: AGEMConfig
     supports_multi_process = True
+    evidence: ClassVar = {"gradient/agem_projected": Evidence.GRADIENT}
 
     def setup(self, run: Run) -> None:
         self._memory = Memory(self.config.memory_size, run.generator_for("agem"))

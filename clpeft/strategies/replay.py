@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from clpeft.config import above, at_least
 from clpeft.registry import STRATEGIES
-from clpeft.strategies.base import Strategy, StrategyConfig
+from clpeft.strategies.base import Evidence, Strategy, StrategyConfig
 from clpeft.strategies.memory import Memory
 from clpeft.streams.batching import concatenate
 
@@ -41,6 +41,7 @@ class Replay(Strategy):
 
     config: ReplayConfig
     supports_multi_process = True
+    evidence: ClassVar = {"replay/examples": Evidence.MEMORY}
 
     def setup(self, run: Run) -> None:
         self._memory = Memory(self.config.memory_size, run.generator_for("replay"))
