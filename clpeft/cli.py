@@ -71,6 +71,29 @@ def submit(
     sys.exit(code)
 
 
+@app.command(context_settings={"ignore_unknown_options": True})
+def doctor(
+    what: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...|RUN_DIR")] = None,
+) -> None:
+    """Say whether a strategy does anything: short runs of it and of finetune, side by side.
+
+    Takes the overrides of a run, or the directory of one that exists. The exit code is 1 if a
+    strategy does nothing.
+    """
+    from clpeft.doctor import doctor as examine
+    from clpeft.stopping import Preempted
+
+    try:
+        code = examine(what or [])
+    except Preempted as asked:
+        sys.exit(asked.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        _refuse(error)
+    sys.exit(code)
+
+
 @app.command()
 def report(
     directories: list[Path],

@@ -79,21 +79,18 @@ def launch(composed: DictConfig, directory: Path) -> float | None:
                     record.clear()
                 record.freeze(composed)
                 with log_to(directory / "run.log"):
-                    results = _finished(record)
+                    results = record.completed_results
                     if results:
                         log.info("%s is completed; force=true starts it afresh", directory)
                         show_results(results)
                     else:
                         results = _carry_out(config, composed, record, stop)
+                    for finding in results.get("warnings", []):  # earlier versions had none
+                        log.warning("%s %s", finding["text"], finding["advice"])
         except Preempted as asked:
             requeue_if_asked(asked, job_id())
             raise
     return results["metrics"].get("average_accuracy")
-
-
-def _finished(record: RunDirectory) -> dict[str, Any]:
-    """The results of a run that is completed; else empty."""
-    return record.results if record.status.get("status") == "completed" else {}
 
 
 def _carry_out(
@@ -116,7 +113,7 @@ def _assist(
     """What the other processes of a run do: train along, and write nothing."""
     from clpeft.experiment import run_experiment
 
-    if _finished(record) and not config.force:
+    if record.completed_results and not config.force:
         return None
     quiet_libraries()
     keep_libraries()

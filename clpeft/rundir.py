@@ -73,6 +73,11 @@ class RunDirectory:
         return _read(self.path / "results.json")
 
     @property
+    def completed_results(self) -> dict[str, Any]:
+        """The results of a run that is completed; else empty."""
+        return self.results if self.status.get("status") == "completed" else {}
+
+    @property
     def frozen(self) -> DictConfig | None:
         """The config that it was created with; None if it was not created yet.
 

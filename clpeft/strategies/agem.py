@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from clpeft.config import at_least
 from clpeft.registry import STRATEGIES
+from clpeft.strategies.base import Evidence
 from clpeft.strategies.rehearsal import Rehearsal, RehearsalConfig
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class AGEM(Rehearsal):
 
     config: AGEMConfig
     name = "agem"
+    evidence: ClassVar = {"gradient/agem_projected": Evidence.GRADIENT}
 
     def transform_gradients(self, run: Run) -> Mapping[str, float | Tensor]:
         if not len(self._memory):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from clpeft.strategies.base import Strategy
+from clpeft.strategies.base import Evidence, Strategy
 
 if TYPE_CHECKING:
     from clpeft.streams.tokenize import EncodedTask
@@ -106,6 +106,11 @@ class AnchoredStrategy(Strategy):
         "them afresh for every task"
     }
     term: ClassVar[str]  # what the penalty is logged as, below train/loss/
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        if "term" in vars(cls) and "evidence" not in vars(cls):
+            cls.evidence = {f"loss/{cls.term}": Evidence.PENALTY}
+        super().__init_subclass__(**kwargs)
 
     def setup(self, run: Run) -> None:
         self._anchors = Anchors.none(list(run.trainable.values()))

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from clpeft.config import Config, nearest
@@ -24,6 +25,16 @@ if TYPE_CHECKING:
 @dataclass
 class StrategyConfig:
     """Settings of a strategy that has none."""
+
+
+class Evidence(StrEnum):
+    """How a logged value shows, from the second task on, that a strategy does something."""
+
+    PENALTY = "penalty"  # a regulariser's value, to be neither lost beside the task's loss nor all
+    TERM = "term"  # another term of the loss, which must not stay 0
+    GRADIENT = "gradient"  # how much, or how often, gradients were changed; must not stay 0
+    MEMORY = "memory"  # how many examples were read so far, over the whole run; must grow
+    MASK = "mask"  # a number that tells of a mask, such as the share in use; must change
 
 
 class Strategy:
@@ -53,6 +64,9 @@ class Strategy:
     # A reference point (a bound or the plain baseline) rather than a method: runs alone.
     is_reference: ClassVar[bool] = False
     is_bound: ClassVar[bool] = False
+    # By what it shows that it does something, looked at after every run and by `clpeft doctor`:
+    # a logged key without `train/` -> its kind, as in {"loss/ewc": Evidence.PENALTY}.
+    evidence: ClassVar[Mapping[str, Evidence]] = {}
     # Strategies it cannot be combined with: name -> the reason, as the end of a sentence.
     conflicts: ClassVar[dict[str, str]] = {}
 
@@ -63,6 +77,12 @@ class Strategy:
                 raise TypeError(
                     f"{cls.__name__}.{name} is not a hook of Strategy, so nothing would call it."
                     f"{nearest(name, HOOKS)} (helpers start with an underscore)"
+                )
+        for key, kind in cls.evidence.items():
+            if not isinstance(kind, Evidence) or "/" not in key or key.startswith("train/"):
+                raise TypeError(
+                    f"{cls.__name__}.evidence maps a logged key without train/, such as "
+                    f"'loss/ewc', to one of Evidence; it has {key!r}: {kind!r}."
                 )
 
     def __init__(self, config: Any) -> None:

@@ -12,6 +12,7 @@ from clpeft.config import above, at_least
 from clpeft.models.objective import IGNORED
 from clpeft.registry import STRATEGIES
 from clpeft.strategies import readings
+from clpeft.strategies.base import Evidence
 from clpeft.strategies.rehearsal import Rehearsal, RehearsalConfig
 from clpeft.streams.batch import Batch, concatenate, set_aside
 
@@ -95,6 +96,7 @@ class DER(Rehearsal):
 
     config: DERConfig
     name = "der"
+    evidence: ClassVar = {"loss/der": Evidence.TERM}
 
     def setup(self, run: Run) -> None:
         super().setup(run)
@@ -184,6 +186,7 @@ class DERPP(DER):
 
     config: DERPPConfig
     name = "derpp"
+    evidence: ClassVar = {"loss/derpp": Evidence.TERM, "loss/derpp_labels": Evidence.TERM}
     labels_name: ClassVar[str] = "derpp_labels"
     conflicts: ClassVar[dict[str, str]] = {
         "der": "derpp is der with one term more, and its alpha is that of der"

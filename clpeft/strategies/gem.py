@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from clpeft.config import above, at_least
 from clpeft.registry import STRATEGIES
+from clpeft.strategies.base import Evidence
 from clpeft.strategies.rehearsal import Rehearsal, RehearsalConfig
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ class GEM(Rehearsal):
 
     config: GEMConfig
     name = "gem"
+    evidence: ClassVar = {"gradient/gem_violated": Evidence.GRADIENT}
 
     def transform_gradients(self, run: Run) -> Mapping[str, float | Tensor]:
         if not len(self._memory):

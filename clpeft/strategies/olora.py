@@ -8,14 +8,14 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from clpeft.config import Config, ConfigError, at_least, one_of
 from clpeft.registry import STRATEGIES
-from clpeft.strategies.base import Strategy, StrategyConfig
+from clpeft.strategies.base import Evidence, Strategy, StrategyConfig
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -69,6 +69,7 @@ class OLoRA(Strategy):
     supports_multi_process = True
     owns_adapters = True
     peft_types = frozenset({"lora"})
+    evidence: ClassVar = {"loss/orthogonality": Evidence.PENALTY}
 
     def check(self, config: Config) -> None:
         if config.peft.use_dora:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from clpeft.config import above, one_of
 from clpeft.registry import STRATEGIES
+from clpeft.strategies.base import Evidence
 from clpeft.strategies.rehearsal import Rehearsal, RehearsalConfig
 from clpeft.streams.batch import Batch, concatenate, set_aside
 
@@ -40,6 +41,7 @@ class Replay(Rehearsal):
 
     config: ReplayConfig
     name = "replay"
+    evidence: ClassVar = {"replay/examples": Evidence.MEMORY}
 
     def setup(self, run: Run) -> None:
         super().setup(run)

@@ -183,6 +183,19 @@ def check_stream(config: StreamConfig, data_dir: str | None) -> None:
         _check_one_label_space(builder.config.name, known)
 
 
+def task_names(config: StreamConfig, data_dir: str | None) -> list[str]:
+    """The tasks of a stream in their order; loads no data.
+
+    Args:
+        config: The stream's settings, as a dataclass or as composed by Hydra.
+        data_dir: The folder of public data, where the stream needs one.
+
+    Raises:
+        ConfigError: If there are none, or one does not exist.
+    """
+    return _checked_names(_builder(config, data_dir))
+
+
 class Stream:
     """Tasks in the order in which they are learned, and which of their labels compete when.
 

@@ -103,6 +103,23 @@ class HistoryObserver(Observer):
         self._file.close()
 
 
+def read_events(directory: Path) -> list[dict[str, Any]]:
+    """The events of a run's history; of a line that a crash cut short nothing is read.
+
+    Args:
+        directory: The run directory; without a history there are none.
+    """
+    path = directory / FILE_NAME
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    events = []
+    for line in lines:
+        try:
+            events.append(json.loads(line))
+        except ValueError:
+            log.warning("%s has a line that is not JSON, which is passed over.", path)
+    return events
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None

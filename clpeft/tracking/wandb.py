@@ -28,8 +28,9 @@ class WandbObserver(Observer):
 
     `train/*` is drawn over `step`, `eval/*` and `matrix/*` over `tasks_trained`. The group is the
     run without its seed; config keys are flat (`optimizer.lr`), so that they can be filtered and
-    swept by. In the end the summary has `metrics/<name>` and `cost/<name>`, and the run the matrix
-    as a table in long form (`matrix/table`) and as a picture (`matrix/heatmap`).
+    swept by. In the end the summary has `metrics/<name>`, `cost/<name>` and `warnings`, each of
+    which is an alert too, and the run the matrix as a table in long form (`matrix/table`) and as a
+    picture (`matrix/heatmap`).
 
     W&B never stops training: if it cannot start online, it is told so in a warning and the run is
     kept offline.
@@ -189,7 +190,11 @@ class WandbObserver(Observer):
         for name, value in results["cost"].items():
             if isinstance(value, int | float):  # the others are lists by task
                 summary[f"cost/{name}"] = value
+        findings = [f"{found['text']} {found['advice']}" for found in results["warnings"]]
+        summary["warnings"] = findings
         run.summary.update(summary)
+        for text in findings:
+            run.alert(title="a doubtful result", text=text, level="WARN")
 
 
 def flat_config(info: RunInfo) -> dict[str, Any]:

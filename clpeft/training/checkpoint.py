@@ -6,10 +6,12 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from clpeft.config import CheckpointConfig, ConfigError, differences
 from clpeft.training.randomness import random_states
@@ -138,9 +140,25 @@ class Checkpoints:
         return None
 
     def _folders(self) -> list[Path]:
-        """Checkpoint folders, oldest first."""
-        found = [p for p in self.folder.glob("step-*-task-*") if p.is_dir()]
-        return sorted(found, key=lambda p: [int(part) for part in p.name.split("-")[1::2]])
+        return checkpoint_folders(self.folder)
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    found = [p for p in folder.glob("step-*-task-*") if p.is_dir()]
+    return sorted(found, key=lambda p: [int(part) for part in p.name.split("-")[1::2]])
+
+
+def last_parameters(directory: Path) -> dict[str, Tensor]:
+    """All that a run trained, by name, as its newest checkpoint has it; empty without one.
+
+    Args:
+        directory: The run directory.
+    """
+    for folder in reversed(checkpoint_folders(directory / "checkpoints")):
+        with suppress(StateError):
+            return read_state(folder)["parameters"]
+    return {}
 
 
 def captured(loop: Loop) -> dict[str, Any]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig
+from torch import Tensor
 
 from clpeft.config import RESULT_KEYS, SETTING_KEYS, digest, run_name
+from clpeft.doubts import doubts
 from clpeft.evaluation.metrics import compute_metrics
 from clpeft.models.load import count_parameters
 from clpeft.registry import STRATEGIES
@@ -40,7 +45,7 @@ def collect(loop: Loop, composed: DictConfig) -> dict[str, Any]:
         independent=references.get("independent"),
         test_sizes=sizes,
     )
-    return {
+    results: dict[str, Any] = {
         "schema": RESULTS_SCHEMA,
         "name": run_name(composed),
         "stream": config.stream.name,
@@ -59,6 +64,7 @@ def collect(loop: Loop, composed: DictConfig) -> dict[str, Any]:
             # of what was scored: results that share neither are not of the same thing
             "test": run.stream.stream.fingerprint_of(config.evaluation.split),
             "base": run.base,
+            "weights": weights_digest(run.changed),
         },
         "tasks": [task.name for task in tasks],
         "metric": {task.name: task.metric for task in tasks},
@@ -88,6 +94,27 @@ def collect(loop: Loop, composed: DictConfig) -> dict[str, Any]:
             "data": run.stream.stream.fingerprint,
         },
     }
+    found = doubts(composed, run.directory, results)
+    results["warnings"] = [asdict(finding) for finding in found]
+    return results
+
+
+def weights_digest(parameters: Mapping[str, Tensor]) -> str:
+    """What two sets of named weights share only if they are equal, bit by bit.
+
+    Args:
+        parameters: Name to parameter, of any type and shape.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    found = hashlib.sha256()
+    for name, parameter in parameters.items():
+        found.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        # one at a time: all of a large model need not fit in the host's memory twice
+        content = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        found.update(content.numpy().data)
+    return found.hexdigest()
 
 
 def find_references(folder: Path, setting: str, seed: int) -> dict[str, list[float]]:

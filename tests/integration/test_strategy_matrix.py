@@ -73,6 +73,15 @@ def test_every_method_has_a_trace() -> None:
     assert set(CHANGED_BY) == set(COMBINABLE)
 
 
+@pytest.mark.parametrize("name", COMBINABLE)
+def test_declared_evidence_is_logged_from_the_second_task_on(finished: Finished, name: str) -> None:
+    declared = {f"train/{key}" for key in STRATEGIES[name].target.evidence}
+
+    assert STRATEGY_SETTINGS[name].trace in declared
+    for task in (1, 2):
+        assert all(step.keys() >= declared for step in finished(name).steps(task))
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "finetune"])
 def test_weights_differ_from_finetune(finished: Finished, name: str) -> None:
     outcome, plain = finished(name), finished("finetune")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from clpeft.registry import STRATEGIES
-from clpeft.strategies.base import HOOKS, Strategy, defines, with_hook
+from clpeft.strategies.anchors import AnchoredStrategy
+from clpeft.strategies.base import HOOKS, Evidence, Strategy, defines, with_hook
 
 # as the design names them, and what a strategy may say about its settings and adapters
 CONTRACT = {
@@ -87,6 +88,34 @@ def test_no_hook_does_anything_by_default() -> None:
         pass
 
 
+@pytest.mark.parametrize(
+    "evidence",
+    [{"train/loss/x": Evidence.TERM}, {"x": Evidence.TERM}, {"loss/x": "trem"}],
+    ids=["train", "no slash", "no kind"],
+)
+def test_evidence_that_would_never_be_found_is_an_error_when_the_class_is_defined(
+    evidence: dict[str, Any],
+) -> None:
+    with pytest.raises(TypeError, match=r"Unseen\.evidence maps a logged key without train/"):
+        type("Unseen", (Strategy,), {"evidence": evidence})
+
+
+def test_penalty_of_an_anchor_is_evidence_under_the_name_of_its_term() -> None:
+    class Held(AnchoredStrategy):
+        term = "held"
+
+    class HeldOtherwise(Held):
+        term = "otherwise"
+
+    class Told(Held):
+        term = "told"
+        evidence: ClassVar = {"told/moves": Evidence.MASK}
+
+    assert Held.evidence == {"loss/held": Evidence.PENALTY}
+    assert HeldOtherwise.evidence == {"loss/otherwise": Evidence.PENALTY}
+    assert Told.evidence == {"told/moves": Evidence.MASK}
+
+
 @pytest.mark.parametrize("entry", list(STRATEGIES), ids=lambda entry: entry.name)
 def test_every_strategy_says_what_it_can_do(entry: Any) -> None:
     target = entry.target
@@ -97,3 +126,5 @@ def test_every_strategy_says_what_it_can_do(entry: Any) -> None:
     assert set(target.conflicts) <= {other.name for other in STRATEGIES}
     # a bound is a reference; a reference runs alone
     assert target.is_reference or not target.is_bound
+    # what others are compared with has nothing to show; a method has
+    assert bool(target.evidence) != target.is_reference

@@ -13,6 +13,7 @@ RESULTS = {
     "metrics": {"average_accuracy": 0.8125, "forgetting": 0.25},
     "undefined": {"intransigence": "needs the scores of independently trained models"},
     "cost": {"train_seconds": 12.5, "state_bytes": [0, 64]},
+    "warnings": [{"text": "ewc does nothing: its penalty stayed 0.", "advice": "Raise it."}],
 }
 
 
