@@ -44,6 +44,7 @@ class Strategy:
     task_types: ClassVar[frozenset[str]] = frozenset(
         {"sequence_classification", "causal_lm", "seq2seq_lm"}
     )
+    task_types_reason: ClassVar[str | None] = None  # why only those, as the end of a sentence
     peft_types: ClassVar[frozenset[str] | None] = None  # None: any, `full` included
     supports_quantized: ClassVar[bool] = True
     supports_multi_process: ClassVar[bool] = False  # copies of the model side by side (DDP)
