@@ -36,10 +36,11 @@ def draw_probabilities(priorities: Tensor, alpha: float) -> Tensor:
     """P(i) = p_i^α / Σ_k p_k^α.
 
     Args:
-        priorities: Above 0, [N].
+        priorities: [N]; 0 where an example was not replayed yet, which then has the highest of all.
         alpha: 0 draws all alike.
     """
-    powers = priorities**alpha
+    highest = priorities.max()
+    powers = torch.where(priorities > 0, priorities, highest if highest > 0 else 1.0) ** alpha
     return powers / powers.sum()
 
 
@@ -80,9 +81,9 @@ class PrioritizedReplay(Replay):
 
     p_i is the loss of the memory's example i when it was last replayed, plus ε: the mean over its
     answer's tokens, because by their sum long answers would be drawn for their length, and from
-    the training's own forward pass. A new example gets the highest priority that any has (1 in an
-    empty memory), so that it is soon replayed and its loss known; by its loss at the end of its own
-    task, where it is smallest, it might not be drawn again before it is forgotten.
+    the training's own forward pass. Until it is replayed an example has the highest priority of
+    all, as in the paper: by its loss at the end of its own task, where that is smallest, it might
+    not be drawn before it is long forgotten.
 
     Draws are without replacement: one after another by P among those left. The maximum is over all
     that is drawn for an optimizer step, which depends neither on micro-batches nor on processes. β
@@ -183,11 +184,9 @@ class PrioritizedReplay(Replay):
         super().after_task(run, task)
 
     def _remembered(self, run: Run, task: EncodedTask, rows: Tensor) -> None:
-        notes = self._memory.notes
-        priorities = notes.setdefault(PRIORITY, torch.zeros(len(self._memory)).double())
-        if len(rows):
-            highest = float(priorities.max())
-            priorities[rows] = highest if highest > 0 else 1.0
+        # afterwards the memory itself gives 0 to what is new
+        zeros = torch.zeros(len(self._memory), dtype=torch.float64)
+        self._memory.notes.setdefault(PRIORITY, zeros)
 
     def state_dict(self) -> dict[str, Any]:
         self._update_priorities()
