@@ -55,8 +55,8 @@ class ERACE(Replay):
     name = "er_ace"
     task_types: ClassVar[frozenset[str]] = frozenset({"sequence_classification"})
     task_types_reason = (
-        "a language model has no scores of classes that could be left out of the competition: it "
-        "scores tokens, which the answers of old and new classes share"
+        "a language model scores tokens, which the answers of old and new classes share, so that "
+        "no class can be left out of the competition"
     )
 
     def check(self, config: Config) -> None:

@@ -150,7 +150,7 @@ def test_competitions_of_a_run(tiny: Callable[..., list[str]], tmp_path: Path) -
 def test_language_models_are_refused_with_the_reason(tiny: Callable[..., list[str]]) -> None:
     told = (
         r"The strategy 'er_ace' does not work with model\.task_type=causal_lm, because a language "
-        r"model has no scores of classes .*; it works with sequence_classification\."
+        r"model scores tokens, .*; it works with sequence_classification\."
     )
     with pytest.raises(ConfigError, match=told):
         settle(compose_only(tiny("er_ace", model="tiny_llama")))
