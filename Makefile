@@ -36,9 +36,7 @@ demo: $(RUN) ## install, compare seven strategies on the generated stream, write
 
 .PHONY: tune
 tune: $(RUN) ## every strategy's sweep on the toy stream's validation data: an hour or two
-	for name in $(notdir $(basename $(wildcard conf/experiment/tune/*.yaml))); do \
-		$(BIN)/clpeft -m experiment=tune/$$name || exit 1; \
-	done
+	sed -n 's|^# Use: clpeft|$(BIN)/clpeft|p' conf/experiment/tune/*.yaml | sh -e
 	$(BIN)/clpeft report outputs/tune --select validation
 
 .PHONY: real

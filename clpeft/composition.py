@@ -224,9 +224,10 @@ def _check_combination(config: Config) -> None:
 
 def _check_capabilities(config: Config, name: str, cls: type[Strategy]) -> None:
     if config.model.task_type not in cls.task_types:
+        reason = "" if cls.task_types_reason is None else f", because {cls.task_types_reason}"
         raise ConfigError(
-            f"The strategy '{name}' does not work with model.task_type={config.model.task_type}; "
-            f"it works with {', '.join(sorted(cls.task_types))}."
+            f"The strategy '{name}' does not work with model.task_type={config.model.task_type}"
+            f"{reason}; it works with {', '.join(sorted(cls.task_types))}."
         )
     if cls.peft_types is not None and config.peft.method not in cls.peft_types:
         raise ConfigError(

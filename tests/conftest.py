@@ -61,19 +61,26 @@ def bases(cache_dir: Path) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def tiny(cache_dir: Path, bases: Callable[[str], Path]) -> Callable[..., list[str]]:
-    """Overrides of a tiny run under one or several strategies, the base model at hand."""
-    from tests.settings import STRATEGY_SETTINGS, TINY
+    """Overrides of a tiny run under one or several strategies, the base model at hand.
 
-    def overrides(strategy: str, *more: str, model: str = "tiny_llama") -> list[str]:
+    `like` names strategies that it is to be compared with: it is run on a model and in a scenario
+    that all of them work with.
+    """
+    from tests.settings import SCENARIOS, TINY, base_of, models_of, overrides_of, scenarios_of
+
+    def overrides(strategy: str, *more: str, model: str | None = None, like: str = "") -> list[str]:
         names = strategy.split("+")
-        chosen = [o for name in names for o in STRATEGY_SETTINGS[name].overrides]
+        all_names = [*names, *filter(None, like.split("+"))]
+        model = model or models_of(*all_names)[0]
+        scenario = scenarios_of(*all_names)[0]
         return [
             *TINY,
             f"model={model}",
             f"model.path={bases(model)}",
             f"paths.cache_dir={cache_dir}",
-            f"strategy=[{','.join(names)}]",
-            *chosen,
+            *([f"stream.scenario={scenario}"] if scenario != SCENARIOS[0] else []),
+            f"strategy=[{','.join(base_of(name) for name in names)}]",
+            *[override for name in names for override in overrides_of(name)],
             *more,
         ]
 
@@ -89,11 +96,11 @@ def finished(
 
     done: dict[tuple[str, ...], Outcome] = {}
 
-    def outcome(strategy: str, *more: str, model: str = "tiny_llama") -> Outcome:
-        key = (strategy, model, *more)
+    def outcome(strategy: str, *more: str, model: str | None = None, like: str = "") -> Outcome:
+        key = tuple(tiny(strategy, *more, model=model, like=like))
         if key not in done:
-            directory = tmp_path_factory.mktemp("finished") / strategy
-            done[key] = run_it(tiny(strategy, *more, model=model), directory)
+            directory = tmp_path_factory.mktemp("finished") / strategy.replace(":", "_")
+            done[key] = run_it(key, directory)
         return done[key]
 
     return outcome

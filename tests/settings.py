@@ -20,6 +20,8 @@ class Setting:
     beside_replay: str | None = None
     keeps_state: bool = True  # whether its state after task 1 holds tensors
     draws: int = 1  # how often a micro-batch is drawn for from its memory
+    # where it works; in the first of them it is run, unless a test asks for another
+    scenarios: tuple[str, ...] = ("domain", "class", "task")
 
 
 STRATEGY_SETTINGS: dict[str, Setting] = {
@@ -37,6 +39,11 @@ STRATEGY_SETTINGS: dict[str, Setting] = {
         ("strategies.derpp.memory_size=24", "strategies.derpp.ratio=0.45"),
         trace="train/loss/derpp",
         draws=2,
+    ),
+    "er_ace": Setting(
+        ("strategies.er_ace.memory_size=24", "strategies.er_ace.ratio=0.45"),
+        trace="train/er_ace/examples",
+        scenarios=("class",),
     ),
     "ewc": Setting(
         ("strategies.ewc.lambda_=20", "strategies.ewc.fisher_examples=8"),
@@ -58,14 +65,45 @@ STRATEGY_SETTINGS: dict[str, Setting] = {
     ),
     "si": Setting(("strategies.si.lambda_=20",), trace="train/loss/si"),
     "finetune": Setting(keeps_state=False),
+    # as many examples as a task has: its steps are then those of the others
+    "gdumb": Setting(("strategies.gdumb.memory_size=32",), trace="train/gdumb/earlier_examples"),
     "independent": Setting(),
     "joint": Setting(keeps_state=False),
     "olora": Setting(("strategies.olora.lambda1=0.5",), trace="train/loss/orthogonality"),
+    "prioritized_replay": Setting(
+        (
+            "strategies.prioritized_replay.memory_size=24",
+            "strategies.prioritized_replay.ratio=0.45",
+        ),
+        trace="train/prioritized_replay/examples",
+    ),
     "replay": Setting(
         ("strategies.replay.memory_size=24", "strategies.replay.ratio=0.45"),
         trace="train/replay/examples",
     ),
 }
+
+# Options under which a strategy of the table goes another way, as `<strategy>:<option>`: for the
+# tests of what such a way could break (accumulation, processes, going on where it was stopped).
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "replay:separate": ("mixing=separate", "weight=2", "selection=herding"),
+    "prioritized_replay:separate": ("mixing=separate", "weight=2", "selection=class_balanced"),
+    "gdumb:uncertainty": ("selection=uncertainty", "budget=per_task", "memory_size=16"),
+}
+VARIED = sorted([*STRATEGY_SETTINGS, *VARIANTS])
+
+
+def base_of(name: str) -> str:
+    """The strategy that a name of `VARIED` is of."""
+    return name.partition(":")[0]
+
+
+def overrides_of(name: str) -> list[str]:
+    """How a strategy or a variant of it is run."""
+    base = base_of(name)
+    more = [f"strategies.{base}.{option}" for option in VARIANTS.get(name, ())]
+    return [*STRATEGY_SETTINGS[base].overrides, *more]
+
 
 # Everything small: a run takes about a second once its base model is built. Weight decay is on, so
 # that what only looks frozen moves; dropout too, so that random states that differ show.
@@ -88,6 +126,28 @@ TINY = (
     "tracking.wandb.mode=disabled",
     "training.checkpoint.keep=100",
 )
+
+SCENARIOS = ("domain", "class", "task")  # the first is the toy stream's own
+TASK_TYPES = {
+    "tiny_llama": "causal_lm",
+    "tiny_bert": "sequence_classification",
+    "tiny_t5": "seq2seq_lm",
+}
+
+
+def models_of(*names: str) -> list[str]:
+    """The tiny models that all of some strategies work with."""
+    from clpeft.registry import STRATEGIES
+
+    types = [STRATEGIES[base_of(name)].target.task_types for name in names]
+    return [model for model, kind in TASK_TYPES.items() if all(kind in t for t in types)]
+
+
+def scenarios_of(*names: str) -> list[str]:
+    """The scenarios that all of some strategies work in."""
+    known = [STRATEGY_SETTINGS[base_of(name)].scenarios for name in names]
+    return [scenario for scenario in SCENARIOS if all(scenario in k for k in known)]
+
 
 # The three families, as small as they go, and warmed up for gradients to mean something.
 _WARMUP = (

@@ -21,6 +21,7 @@ from clpeft.registry import STRATEGIES, Entry
 from clpeft.strategies.base import Strategy, StrategyConfig
 from clpeft.streams.base import check_stream
 from tests.running import compose, compose_only
+from tests.settings import models_of, scenarios_of
 
 
 def refusal(*overrides: str) -> str:
@@ -455,7 +456,10 @@ SHIPPED = [(group, option.name) for group, options in catalogue().items() for op
 
 @pytest.mark.parametrize(("group", "name"), SHIPPED)
 def test_every_shipped_option_composes(group: str, name: str) -> None:
-    _, config = compose([f"{group}={name}"])
+    fitting = []
+    if group == "strategy":  # what it works with
+        fitting = [f"model={models_of(name)[0]}", f"stream.scenario={scenarios_of(name)[0]}"]
+    _, config = compose([f"{group}={name}", *fitting])
 
     if group == "strategy":
         assert list(config.strategies) == [name]

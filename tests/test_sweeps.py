@@ -58,7 +58,7 @@ def started(
     [
         (["strategy=finetune,[ewc,replay]", "seed=0,1", "strategies.replay.ratio=0.5"], 0),
         (["strategy=finetune,[ewc,replay]"], 2),
-        (["strategy=glob([e*,f*])", "seed=range(3,5)"], 4),
+        (["strategy=glob([ew*,f*])", "seed=range(3,5)"], 4),
         (["experiment=tune", "strategy=ewc", "strategies.ewc.lambda_=3.5,1e2"], 2),
         (["seed=7", "hydra.sweep.dir=here", "hydra.sweep.subdir=run-${hydra:job.num}"], 1),
         (["optimizer.lr=1e-3,2e-3", "hydra.sweep.subdir=${hydra:job.override_dirname}"], 2),

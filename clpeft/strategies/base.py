@@ -31,7 +31,7 @@ class Evidence(StrEnum):
     """How a logged value shows, from the second task on, that a strategy does something."""
 
     PENALTY = "penalty"  # a regulariser's value, to be neither lost beside the task's loss nor all
-    TERM = "term"  # another term of the loss, which must not stay 0
+    TERM = "term"  # another term of the loss, or a count, which must not stay 0
     GRADIENT = "gradient"  # how much, or how often, gradients were changed; must not stay 0
     MEMORY = "memory"  # how many examples were read so far, over the whole run; must grow
     MASK = "mask"  # a number that tells of a mask, such as the share in use; must change
@@ -55,6 +55,7 @@ class Strategy:
     task_types: ClassVar[frozenset[str]] = frozenset(
         {"sequence_classification", "causal_lm", "seq2seq_lm"}
     )
+    task_types_reason: ClassVar[str | None] = None  # why only those, as the end of a sentence
     peft_types: ClassVar[frozenset[str] | None] = None  # None: any, `full` included
     supports_quantized: ClassVar[bool] = True
     supports_multi_process: ClassVar[bool] = False  # copies of the model side by side (DDP)

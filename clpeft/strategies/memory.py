@@ -114,13 +114,21 @@ class Memory:
         self.seen += len(examples)
         return (slots >= held).nonzero().flatten()
 
-    def sample(self, count: int, rows: Tensor | None = None) -> Tensor:
+    def sample(
+        self, count: int, rows: Tensor | None = None, chances: Tensor | None = None
+    ) -> Tensor:
         """Different rows, drawn by lot, alike in all processes.
 
         Args:
             count: How many; all there are, if fewer.
             rows: Which ones to draw from; None: all.
+            chances: How likely each row of the memory is to be drawn first, [N] above 0 in
+                proportion; each further one likewise among those that are left. None: all alike.
         """
+        if chances is not None:
+            assert rows is None, "chances are given for the whole memory"
+            count = min(count, len(self))
+            return torch.multinomial(chances, count, generator=self.generator)
         among = len(self) if rows is None else len(rows)
         drawn = torch.randperm(among, generator=self.generator)[:count]
         return drawn if rows is None else rows[drawn]

@@ -49,28 +49,32 @@ class Replay(Rehearsal):
         self._owed = 0.0  # the part of an example that batches so far should have brought
 
     def transform_batch(self, run: Run, batch: Batch) -> Batch:
+        count = self._due(batch)
+        return self._mixed(run, batch, self._memory.draw(run, count)) if count else batch
+
+    def _due(self, batch: Batch) -> int:
+        """How many examples of the memory a micro-batch brings, over all processes."""
         if not len(self._memory):
-            return batch
+            return 0
         self._owed += self.config.ratio * batch.rows
         count = int(self._owed)
         self._owed -= count
-        if not count:
-            return batch
-        drawn = self._drawn(run, count)
+        return count
+
+    def _mixed(self, run: Run, batch: Batch, drawn: Batch) -> Batch:
+        """A micro-batch with what was drawn for it after its own examples."""
         self._replayed += drawn.rows
         if self.config.mixing == "separate":
             drawn = set_aside(drawn, self.name)
         return concatenate([batch, drawn], run.collator.pad_token_id)
 
-    def _drawn(self, run: Run, count: int) -> Batch:
-        """This process's share of `count` examples of the memory."""
-        return self._memory.draw(run, count)
-
     def loss_terms(self, run: Run, batch: Batch, outputs: Any) -> dict[str, Tensor]:
         if self.name not in batch.parts:
             return {}
-        total = run.per_example_loss(batch, outputs, self.name).sum()
-        return {self.name: self.config.weight * run.per_target(total, self.name)}
+        losses = run.per_example_loss(batch, outputs, self.name)
+        if batch.weights is not None:
+            losses = losses * batch.weights[batch.parts[self.name].rows]
+        return {self.name: self.config.weight * run.per_target(losses.sum(), self.name)}
 
     def transform_gradients(self, run: Run) -> Mapping[str, float | Tensor]:
         """Changes none; logs how much of the memory was read, so that a memory never read shows."""

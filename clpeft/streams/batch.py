@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,8 @@ class Batch:
             padding.
         task_ids: [B] int64, the task each example comes from.
         example_ids: [B] int64, the example's row in its task's full split.
-        weights: [B] float32, what each example's loss counts in the task loss; None: 1 each.
+        weights: [B] float32, what each example's loss counts in the task loss, or in the term of
+            the part that it is in; None: 1 each. A mean is taken over all targets alike.
         candidates: [B, labels] bool, which of the labels that the scenario lets compete do so for
             an example of a classification head; None: all of them.
         parts: Rows that the task loss leaves out, by the name of their term.
@@ -85,6 +87,11 @@ class Batch:
             },
         )
         return batch.counted(self.num_targets, self.target_width, self.rows)
+
+    def altered(self, **changes: Any) -> Batch:
+        """The batch with other weights or candidates, say; what was counted stays counted."""
+        counts = self.num_targets, self.target_width, self.rows
+        return replace(self, **changes).counted(*counts)
 
     def counted(self, num_targets: int, target_width: int, rows: int) -> Batch:
         """Sets what is known of the batch and need not be counted again; returns it."""
@@ -171,7 +178,7 @@ def set_aside(batch: Batch, name: str, notes: Mapping[str, Tensor] | None = None
     """
     examples = len(batch) if batch.num_targets else 0
     part = Part(slice(0, len(batch)), batch.num_targets, examples, notes or {})
-    aside = replace(batch, parts={name: part})
+    aside = batch.altered(parts={name: part})
     return aside.counted(0, batch.target_width, batch.rows)
 
 

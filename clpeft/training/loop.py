@@ -191,6 +191,7 @@ class Loop:
         with self.cost.training():
             portions = self._portions(examples, course.steps, per_epoch)
             for micro_batches in islice(portions, steps - course.steps):
+                run.progress = course.steps / steps
                 course.steps += 1
                 run.logging = (run.step + 1) % log_every == 0 or course.steps == steps
                 logs = self._step(micro_batches)

@@ -48,6 +48,7 @@ class Run:
         task: The task being trained; None before the first.
         tasks_seen: How many tasks are behind the run.
         step: Optimizer steps taken so far, over all tasks.
+        progress: What share of the current task's steps was made before this one, from 0 to 1.
         trainable: Name to parameter, those that train, in the model's order.
         optimizer: Of the current task.
         phase: What is going on, for messages: setup, training or evaluation.
@@ -84,6 +85,7 @@ class Run:
         self.task: EncodedTask | None = None
         self.tasks_seen = 0
         self.step = 0
+        self.progress = 0.0
         self.optimizer: Any = None
         self.logging = False
         self.targets: dict[str, float] = {}

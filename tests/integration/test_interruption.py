@@ -20,7 +20,7 @@ from clpeft.evaluation.evaluator import Evaluator
 from clpeft.strategies.base import Strategy
 from clpeft.training.loop import Loop
 from tests.running import Outcome, compose_only, run_it, same_bits
-from tests.settings import STRATEGY_SETTINGS
+from tests.settings import STRATEGY_SETTINGS, VARIED, models_of
 
 NAMES = sorted(STRATEGY_SETTINGS)
 EVERY = "training.checkpoint.every_steps=3"
@@ -87,7 +87,7 @@ def total_steps(name: str, tasks: int) -> int:
     )
 
 
-@pytest.mark.parametrize("name", [*NAMES, "ewc+replay", "olora+replay"])
+@pytest.mark.parametrize("name", [*VARIED, "ewc+replay", "olora+replay"])
 def test_killed_in_every_task_it_ends_in_the_same_bits(
     finished: Finished, tiny: Overrides, tmp_path: Path, name: str
 ) -> None:
@@ -111,9 +111,13 @@ def test_killed_in_every_task_it_ends_in_the_same_bits(
 
 
 @pytest.mark.parametrize(
-    "model", [pytest.param(m, marks=pytest.mark.slow) for m in ("tiny_bert", "tiny_t5")]
+    ("name", "model"),
+    [
+        pytest.param(name, model, marks=pytest.mark.slow)
+        for name in NAMES
+        for model in models_of(name)[1:]
+    ],
 )
-@pytest.mark.parametrize("name", NAMES)
 def test_killed_with_another_kind_of_model(
     finished: Finished, tiny: Overrides, tmp_path: Path, name: str, model: str
 ) -> None:

@@ -22,10 +22,9 @@ from clpeft.config import RunError
 from clpeft.registry import STRATEGIES
 from clpeft.training.loop import Loop
 from tests.running import Outcome, run_it
-from tests.settings import STRATEGY_SETTINGS
+from tests.settings import VARIED, base_of
 
-NAMES = sorted(STRATEGY_SETTINGS)
-SEVERAL = [name for name in NAMES if STRATEGIES[name].target.supports_multi_process]
+SEVERAL = [name for name in VARIED if STRATEGIES[base_of(name)].target.supports_multi_process]
 # dropout draws its masks by process, and Adam divides the rounding of tiny gradients up
 COMPARABLE = (
     *("peft.dropout=0", "optimizer=sgd", "optimizer.lr=0.1", "optimizer.momentum=0.9"),

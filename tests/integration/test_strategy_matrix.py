@@ -27,7 +27,14 @@ from clpeft.strategies.memory import Memory
 from clpeft.streams import batching
 from clpeft.training.run import Run
 from tests.running import Outcome, compose_only, run_it, same_bits
-from tests.settings import STRATEGY_SETTINGS
+from tests.settings import (
+    SCENARIOS,
+    STRATEGY_SETTINGS,
+    TASK_TYPES,
+    VARIED,
+    models_of,
+    scenarios_of,
+)
 
 NAMES = sorted(STRATEGY_SETTINGS)
 CHANGED_BY = [name for name in NAMES if STRATEGY_SETTINGS[name].trace]
@@ -84,7 +91,7 @@ def test_declared_evidence_is_logged_from_the_second_task_on(finished: Finished,
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "finetune"])
 def test_weights_differ_from_finetune(finished: Finished, name: str) -> None:
-    outcome, plain = finished(name), finished("finetune")
+    outcome, plain = finished(name), finished("finetune", like=name)
 
     assert outcome.trainable.keys() == plain.trainable.keys()
     assert all(
@@ -178,11 +185,12 @@ def test_state_after_the_first_task(finished: Finished, name: str) -> None:
         assert state == {}
 
 
-RESUMED = [(name, "tiny_llama") for name in [*NAMES, "ewc+replay", "olora+replay"]]
+RESUMED = [(name, models_of(name)[0]) for name in NAMES]
+RESUMED += [(name, "tiny_llama") for name in ("ewc+replay", "olora+replay")]
 RESUMED += [
     pytest.param(name, model, marks=pytest.mark.slow)
-    for model in ("tiny_bert", "tiny_t5")
     for name in NAMES
+    for model in models_of(name)[1:]
 ]
 
 
@@ -264,7 +272,7 @@ def test_olora_keeps_earlier_subspaces_bit_identical(finished: Finished) -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "model"), [*[(name, "tiny_llama") for name in NAMES], ("finetune", "tiny_bert")]
+    ("name", "model"), [*[(name, models_of(name)[0]) for name in NAMES], ("finetune", "tiny_bert")]
 )
 def test_adapter_on_disk_is_the_model_that_was_trained(
     finished: Finished, bases: Callable[[str], Path], name: str, model: str
@@ -272,7 +280,7 @@ def test_adapter_on_disk_is_the_model_that_was_trained(
     outcome = finished(name, model=model)
     run, (folder,) = outcome.run, (outcome.directory / "adapters").glob("3_*")
     auto = AutoModelForCausalLM if model == "tiny_llama" else AutoModelForSequenceClassification
-    labels = {} if model == "tiny_llama" else {"num_labels": 4}
+    labels = {} if model == "tiny_llama" else {"num_labels": run.model.config.num_labels}
     loaded = PeftModel.from_pretrained(auto.from_pretrained(bases(model), **labels), folder)
     batch = run.loader(run.stream.tasks[0].test, shuffle=False).batch(0)
     with torch.no_grad():
@@ -294,6 +302,10 @@ def test_combined_with_replay(
         with pytest.raises(ConfigError, match=f"'{name}' is a reference .* so it runs alone"):
             settle(compose_only(tiny(combined)))
         return
+    if reason := STRATEGIES[name].target.conflicts.get("replay"):
+        with pytest.raises(ConfigError, match=f"'replay' cannot be combined: {reason}"):
+            settle(compose_only(tiny(combined)))
+        return
     outcome = finished(combined)
 
     for part in (name, "replay"):
@@ -302,7 +314,7 @@ def test_combined_with_replay(
         assert traced(outcome, trace, 0) == [0.0] * 8
         assert any(value != 0.0 for task in (1, 2) for value in traced(outcome, trace, task))
     assert not same_bits(outcome.trainable, finished(name).trainable)
-    assert not same_bits(outcome.trainable, finished("replay").trainable)
+    assert not same_bits(outcome.trainable, finished("replay", like=name).trainable)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -322,7 +334,7 @@ def test_seed_decides_every_bit(
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", VARIED)
 def test_accumulated_micro_batches_make_the_step_of_one_batch(
     tiny: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -341,7 +353,9 @@ def test_accumulated_micro_batches_make_the_step_of_one_batch(
         eights = bucketed(lengths, 8, seed=seed, epoch=epoch)
         return [part for rows in eights for part in np.split(rows, 8 // batch_size)]
 
-    def dealt(self: Memory, count: int, rows: Tensor | None = None) -> Tensor:
+    def dealt(
+        self: Memory, count: int, rows: Tensor | None = None, chances: Tensor | None = None
+    ) -> Tensor:
         turn = vars(self).setdefault("turn", 0)
         self.turn = (turn + 1) % draws  # type: ignore[attr-defined]
         dealt = vars(self).setdefault("dealt", [0] * draws)
@@ -445,12 +459,18 @@ def test_gradient_checkpointing_gives_the_same_bits(finished: Finished, name: st
     assert outcome.results["matrix"] == finished(name).results["matrix"]
 
 
-SCENARIOS = ("task", "class", "domain")
 CELLS = [
     (model, scenario, name)
-    for model in ("tiny_llama", "tiny_bert", "tiny_t5")
-    for scenario in SCENARIOS
     for name in NAMES
+    for model in models_of(name)
+    for scenario in scenarios_of(name)
+]
+REFUSED = [
+    (model, scenario, name)
+    for name in NAMES
+    for model in TASK_TYPES
+    for scenario in SCENARIOS
+    if (model, scenario, name) not in CELLS
 ]
 # every model, scenario and strategy at least once
 QUICK = {
@@ -461,6 +481,9 @@ QUICK = {
     ("tiny_bert", "class", "olora"),
     ("tiny_bert", "class", "cumulative"),
     ("tiny_bert", "domain", "ewc"),
+    ("tiny_bert", "class", "prioritized_replay"),
+    ("tiny_t5", "task", "prioritized_replay"),
+    ("tiny_bert", "task", "gdumb"),
     ("tiny_t5", "task", "finetune"),
     ("tiny_t5", "class", "joint"),
     ("tiny_t5", "domain", "olora"),
@@ -495,6 +518,17 @@ def test_every_task_type_and_scenario(
     if name != "finetune":
         plain = finished("finetune", *short, model=model)
         assert not same_bits(outcome.trainable, plain.trainable)
+
+
+@pytest.mark.parametrize(("model", "scenario", "name"), REFUSED)
+def test_task_type_or_scenario_is_refused(
+    tiny: Overrides, model: str, scenario: str, name: str
+) -> None:
+    overrides = tiny(name, f"stream.scenario={scenario}", model=model)
+    possible = TASK_TYPES[model] in STRATEGIES[name].target.task_types
+    told = f"stream.scenario={scenario}" if possible else f"model.task_type={TASK_TYPES[model]}"
+    with pytest.raises(ConfigError, match=f"The strategy '{name}' .*{told}"):
+        settle(compose_only(overrides))
 
 
 @pytest.mark.parametrize(

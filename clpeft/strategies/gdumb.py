@@ -1,0 +1,106 @@
+"""GDumb: keeps a balanced memory, and learns anew from it alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from clpeft.registry import STRATEGIES
+from clpeft.strategies.base import Evidence
+from clpeft.strategies.rehearsal import Rehearsal, RehearsalConfig
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from clpeft.streams.tokenize import EncodedTask
+    from clpeft.training.run import Run
+
+_HOLDING = (
+    "the one starts the weights afresh for every task, and the other holds them where earlier "
+    "tasks left them"
+)
+_REPLAYING = (
+    "the one trains on its memory of all tasks alone, and the other would add earlier tasks to "
+    "that once more"
+)
+
+
+@dataclass
+class GDumbConfig(RehearsalConfig):
+    """Settings of GDumb."""
+
+
+@STRATEGIES.register("gdumb", config=GDumbConfig)
+class GDumb(Rehearsal):
+    """A greedy sampler and a dumb learner: nothing is learned but what the memory holds.
+
+    As a task arrives its examples enter the memory; then the trainable parameters are set back to
+    their first values and trained on the memory, for the epochs of any task. What it reaches shows
+    how much of other strategies' scores their memory alone would give.
+
+    The first values are kept beside the model, in the CPU's memory: with `peft=full`, a second
+    copy of it. No checkpoint holds them, since the run's seed makes them again. With `herding` and
+    `uncertainty`, which ask the model, it is asked as it begins the task: at its first values.
+
+    Source: Prabhu et al. 2020, GDumb: A Simple Approach that Questions Our Progress in Continual
+        Learning; the memory's balance as in `class_balanced`.
+    """
+
+    config: GDumbConfig
+    name = "gdumb"
+    evidence: ClassVar = {"gdumb/earlier_examples": Evidence.TERM}
+    owns_adapters = True
+    conflicts: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("ewc", "l2", "mas", "online_ewc", "rwalk", "si"), _HOLDING),
+        **dict.fromkeys(
+            (
+                "agem",
+                "der",
+                "derpp",
+                "er_ace",
+                "gem",
+                "generative_replay",
+                "prioritized_replay",
+                "replay",
+            ),
+            _REPLAYING,
+        ),
+    }
+
+    def setup(self, run: Run) -> None:
+        super().setup(run)
+        self._first = [p.detach().to("cpu", copy=True) for p in run.trainable.values()]
+        self._entered = 0  # tasks whose examples the memory was shown
+        self._earlier = 0  # examples of earlier tasks among those trained on
+
+    def before_task(self, run: Run, task: EncodedTask) -> None:
+        with torch.no_grad():
+            for parameter, value in zip(run.trainable.values(), self._first, strict=True):
+                parameter.copy_(value)
+
+    def train_examples(self, run: Run, task: EncodedTask, examples: Dataset) -> Dataset:
+        if self._entered <= task.index:  # else the run goes on within the task
+            self._memory.add(run, run.admitted(task, task.train, self.name))
+            self._entered = task.index + 1
+        kept = self._memory.examples
+        assert kept is not None
+        self._earlier = len(self._memory) - len(self._memory.rows_of_task(task.index))
+        return kept
+
+    def transform_gradients(self, run: Run) -> Mapping[str, float | Tensor]:
+        """Changes none; logs how much of what is trained on is earlier tasks'."""
+        return {f"{self.name}/earlier_examples": self._earlier}
+
+    def after_task(self, run: Run, task: EncodedTask) -> None:
+        """The memory has the task's examples already."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "entered": self._entered}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._entered = state["entered"]
