@@ -35,12 +35,10 @@ demo: $(RUN) ## install, compare seven strategies on the generated stream, write
 	$(BIN)/clpeft report $(OUT)
 
 .PHONY: tune
-tune: $(RUN) ## the sweeps behind the toy defaults, scored on validation data, and their report
-	$(BIN)/clpeft -m experiment=tune strategy=finetune optimizer.lr=1.5e-3,1.75e-3,2e-3 seed=0,1
-	$(BIN)/clpeft -m experiment=tune strategy=ewc strategies.ewc.lambda_=1,3,10 seed=0,1
-	$(BIN)/clpeft -m experiment=tune strategy=replay strategies.replay.ratio=0.5,1 seed=0,1
-	$(BIN)/clpeft -m experiment=tune strategy=agem strategies.agem.reference_size=16,64 seed=0,1
-	$(BIN)/clpeft -m experiment=tune strategy=olora strategies.olora.lambda1=0.1,0.5,2 seed=0,1
+tune: $(RUN) ## every strategy's sweep on the toy stream's validation data: an hour or two
+	for name in $(notdir $(basename $(wildcard conf/experiment/tune/*.yaml))); do \
+		$(BIN)/clpeft -m experiment=tune/$$name || exit 1; \
+	done
 	$(BIN)/clpeft report outputs/tune --select validation
 
 .PHONY: real

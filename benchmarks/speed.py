@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-import statistics
-from collections.abc import Sequence
 
 import torch
 from rich.console import Console
 
 from benchmarks import step, trainer
+from benchmarks.spread import spread
 from clpeft.rundir import versions
-
-
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Median, and in brackets the smallest and the largest."""
-    low, middle, high = min(values), statistics.median(values), max(values)
-    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def main() -> None:

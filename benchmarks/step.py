@@ -12,28 +12,11 @@ from typing import Any
 import torch
 
 from benchmarks.composed import config_of, loop_of
-from clpeft.streams.batching import Batch
-from clpeft.tracking.base import Observer
+from benchmarks.lanes import Clock, repeated
+from clpeft.streams.batch import Batch
 
 ROUNDS = 15
 STEPS = 40
-
-
-class Clock(Observer):
-    """Notes when each step ended."""
-
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-
-    def on_step(self, step: int, logs: dict[str, float] | None) -> None:
-        """See `Observer`."""
-        self.ends.append(time.perf_counter())
-
-    def intervals(self) -> list[float]:
-        """Seconds between the ends, and forgets them."""
-        found = [later - earlier for earlier, later in pairwise(self.ends)]
-        self.ends = []
-        return found
 
 
 def measure() -> dict[str, list[float]]:
@@ -57,11 +40,8 @@ def measure() -> dict[str, list[float]]:
     task = run.stream.tasks[0]
     run.begin(task)
     # examples of one length, so that every step does the same work
-    lengths = [len(ids) for ids in task.train["input_ids"]]
-    common = statistics.mode(lengths)
-    same = [i for i, length in enumerate(lengths) if length == common]
-    size = config.training.batch_size
-    examples = task.train.select((same * (1 + size * STEPS // len(same)))[: size * STEPS])
+    common = statistics.mode(len(ids) for ids in task.train["input_ids"])
+    examples = repeated(task.train, common, config.training.batch_size * STEPS)
     batches = list(run.loader(examples))
     times: dict[str, list[float]] = {"ours": [], "bare": [], "frugal": []}
     for _ in range(ROUNDS):

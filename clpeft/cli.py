@@ -103,11 +103,14 @@ def report(
         typer.Option(help="'validation': also choose each strategy's best setting."),
     ] = None,
     by: Annotated[str, typer.Option(help="The metric to choose by.")] = "average_accuracy",
+    presets: Annotated[
+        Path | None, typer.Option(help="Folder to write the chosen settings to, as presets.")
+    ] = None,
 ) -> None:
     """Leaderboard, curves, heatmaps, HTML, CSV and LaTeX over run and sweep directories."""
     from clpeft.reports import report_on
 
-    sys.exit(report_on(directories, out, split=select, metric=by))
+    sys.exit(report_on(directories, out, split=select, metric=by, presets=presets))
 
 
 @app.command(name="list")

@@ -283,5 +283,11 @@ def _run_name_of_root(*, _root_: DictConfig) -> str:
     return f"{_root_.stream.name}/{run_name(_root_)}"
 
 
+def _times(number: float, *factors: float) -> str:
+    """A sweep over multiples of a number: `1e-4,2e-4` for 1e-4 times 1 and 2."""
+    return ",".join(f"{number * factor:.6g}" for factor in factors)
+
+
 # on import, so that a launcher's worker process, which composes its run anew, knows it too
 OmegaConf.register_new_resolver("clpeft.run_name", _run_name_of_root, replace=True)
+OmegaConf.register_new_resolver("clpeft.times", _times, replace=True)

@@ -19,6 +19,7 @@ class Setting:
     # what shows that it acts beside replay, where that may leave it nothing to change
     beside_replay: str | None = None
     keeps_state: bool = True  # whether its state after task 1 holds tensors
+    draws: int = 1  # how often a micro-batch is drawn for from its memory
 
 
 STRATEGY_SETTINGS: dict[str, Setting] = {
@@ -28,11 +29,25 @@ STRATEGY_SETTINGS: dict[str, Setting] = {
         beside_replay="train/gradient/agem_cosine",
     ),
     "cumulative": Setting(keeps_state=False),
+    "der": Setting(
+        ("strategies.der.memory_size=24", "strategies.der.ratio=0.45"),
+        trace="train/loss/der",
+    ),
+    "derpp": Setting(
+        ("strategies.derpp.memory_size=24", "strategies.derpp.ratio=0.45"),
+        trace="train/loss/derpp",
+        draws=2,
+    ),
     "ewc": Setting(
         ("strategies.ewc.lambda_=20", "strategies.ewc.fisher_examples=8"),
         trace="train/loss/ewc",
     ),
     "l2": Setting(("strategies.l2.lambda_=0.5",), trace="train/loss/l2"),
+    "gem": Setting(
+        ("strategies.gem.memory_size=24", "strategies.gem.reference_size=4"),
+        trace="train/gradient/gem_violated",
+        beside_replay="train/gradient/gem_cosine",
+    ),
     "mas": Setting(
         ("strategies.mas.lambda_=20", "strategies.mas.examples=8"),
         trace="train/loss/mas",

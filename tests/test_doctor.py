@@ -58,7 +58,7 @@ class Unread(Strategy):
         return {"unread/examples": 0}
 
     def after_task(self, run: Any, task: Any) -> None:
-        self._memory.add(task.train)
+        self._memory.add(run, task.train)
 
 
 class FixedMask(Strategy):

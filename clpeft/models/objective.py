@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clpeft.streams.batching import IGNORED
+from clpeft.streams.batch import IGNORED
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from clpeft.streams.batching import Batch
+    from clpeft.streams.batch import Batch
 
 
 def beneath_adapter(model: nn.Module) -> Any:
@@ -55,20 +55,42 @@ class Objective(ABC):
         """Runs the model on a batch; returns its output, whose `logits` the losses read."""
         return model(**batch.inputs)
 
-    def per_example(self, outputs: Any, batch: Batch) -> Tensor:
-        """Negative log-likelihood of each example, summed over its targets: [B], in nats."""
-        logits, labels = self.predicted(outputs, batch)
+    def per_example(self, outputs: Any, batch: Batch, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Negative log-likelihood of each example, summed over its targets: [B], in nats.
+
+        Args:
+            outputs: Of the model.
+            batch: What it read.
+            rows: Which examples are asked for; all of them if not given.
+        """
+        logits, labels = (found[rows] for found in self.predicted(outputs, batch))
         flat = F.cross_entropy(
             logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none"
         )
-        return flat.view(len(batch), -1).sum(dim=1)
+        return flat.view(len(labels), -1).sum(dim=1)
 
     def total(self, outputs: Any, batch: Batch) -> Tensor:
-        """Negative log-likelihood summed over the targets of all examples: a scalar, in nats."""
+        """The task loss of a batch: a scalar, in nats.
+
+        It is the negative log-likelihood summed over the targets of the examples that are in no
+        part, each example's multiplied by its weight.
+        """
+        if batch.weights is not None:
+            rows = batch.own_rows
+            return (self.per_example(outputs, batch, rows) * batch.weights[rows]).sum()
         logits, labels = self.predicted(outputs, batch)
+        if batch.parts:
+            logits, labels = logits[batch.own_rows], labels[batch.own_rows]
         return F.cross_entropy(
             logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum"
         )
+
+    def unmasked(
+        self, outputs: Any, batch: Batch, rows: Tensor | slice = slice(None)
+    ) -> tuple[Tensor, Tensor]:
+        """As `predicted`, of some rows, but with the logits of labels that do not compete too."""
+        logits, labels = self.predicted(outputs, batch)
+        return logits[rows], labels[rows]
 
     def for_labels(self, allowed: Tensor) -> Objective:
         """The objective of a task in which these labels compete; a head is masked to them.
@@ -77,6 +99,25 @@ class Objective(ABC):
             allowed: bool [tasks, labels].
         """
         return self
+
+    def features(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What the model makes of each input, before it answers: [B, D] in float32.
+
+        The mean of the last layer's hidden states over the input's own tokens; of an encoder and a
+        decoder, the encoder's.
+        """
+        states, own = self._hidden(model, batch), self._inputs(batch)
+        # a model may have read prompts of its own before the text
+        states = states[:, -own.shape[1] :].float() * own[..., None]
+        return states.sum(dim=1) / own.sum(dim=1, keepdim=True)
+
+    def _hidden(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The last layer's hidden states, [B, L, D]."""
+        return model(**batch.inputs, output_hidden_states=True).hidden_states[-1]
+
+    def _inputs(self, batch: Batch) -> Tensor:
+        """Which tokens are the input's own: bool [B, L]."""
+        return batch.inputs["attention_mask"].bool()
 
     @abstractmethod
     def predicted(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -97,10 +138,18 @@ class ClassificationObjective(Objective):
     def for_labels(self, allowed: Tensor) -> Objective:
         return ClassificationObjective(allowed)
 
+    def unmasked(
+        self, outputs: Any, batch: Batch, rows: Tensor | slice = slice(None)
+    ) -> tuple[Tensor, Tensor]:
+        return outputs.logits[rows].float(), batch.labels[rows]
+
     def predicted(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = outputs.logits.float()
-        if self.masks:
-            logits = logits.masked_fill(~self.allowed[batch.task_ids], float("-inf"))
+        competing = self.allowed[batch.task_ids] if self.masks else None
+        if batch.candidates is not None:
+            competing = batch.candidates if competing is None else competing & batch.candidates
+        if competing is not None:
+            logits = logits.masked_fill(~competing, float("-inf"))
         return logits, batch.labels
 
 
@@ -120,6 +169,14 @@ class CausalObjective(Objective):
             return model(**batch.inputs)
         # one more than the targets' columns: position t predicts token t+1
         return model(**batch.inputs, logits_to_keep=batch.target_width + 1)
+
+    def _hidden(self, model: nn.Module, batch: Batch) -> Tensor:
+        # logits are not asked for; one position's are the fewest there are
+        fewest = {"logits_to_keep": 1} if self.keeps_logits else {}
+        return model(**batch.inputs, output_hidden_states=True, **fewest).hidden_states[-1]
+
+    def _inputs(self, batch: Batch) -> Tensor:
+        return super()._inputs(batch) & (batch.labels == IGNORED)
 
     def predicted(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         # the last position predicts nothing
@@ -146,6 +203,9 @@ class Seq2SeqObjective(Objective):
     def forward(self, model: nn.Module, batch: Batch) -> Any:
         decoder_input_ids = shift_right(batch.labels, self.start, self.pad)
         return model(**batch.inputs, decoder_input_ids=decoder_input_ids)
+
+    def _hidden(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self.forward(model, batch).encoder_last_hidden_state
 
     def predicted(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         return outputs.logits.float(), batch.labels

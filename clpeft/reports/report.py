@@ -10,6 +10,7 @@ from rich.console import Console
 from clpeft.config import ConfigError
 from clpeft.reports.aggregate import RANKED_BY, Leaderboard, leaderboards
 from clpeft.reports.html import render_html
+from clpeft.reports.presets import write_presets
 from clpeft.reports.runs import RESULTS, STATUS, Collection, collect_runs
 from clpeft.reports.selection import SPLIT, print_winners, select
 from clpeft.reports.tables import (
@@ -29,6 +30,7 @@ def report_on(
     *,
     split: str | None = None,
     metric: str = RANKED_BY,
+    presets: Path | None = None,
 ) -> int:
     """`clpeft report`: prints the leaderboards and writes the report.
 
@@ -38,6 +40,7 @@ def report_on(
             run's own directory.
         split: `validation` to choose each strategy's best setting; None for no choice.
         metric: By which it is chosen.
+        presets: Where to write the chosen settings as presets; None for nowhere.
 
     Returns:
         The exit code: 1 after a mistake in what was asked for, told in one sentence.
@@ -48,9 +51,12 @@ def report_on(
                 f"--select {split}: settings are chosen by validation scores only, with "
                 f"--select {SPLIT}."
             )
+        if presets is not None and split is None:
+            raise ConfigError(f"--presets writes what was chosen: add --select {SPLIT}.")
         collection = collect_runs(directories, exclude=_place(directories, out))
         boards = leaderboards(collection.runs)
         winners = [] if split is None else select(boards, metric)
+        written = [] if presets is None else write_presets(winners, metric, presets)
     except ConfigError as error:
         Console(stderr=True).print(f"clpeft: {error}", markup=False, soft_wrap=True)
         return 1
@@ -58,6 +64,8 @@ def report_on(
     print_leaderboards(boards, collection, console)
     if winners:
         print_winners(winners, metric, console)
+    for path in written:
+        console.print(f"Preset: {path}", markup=False, highlight=False, soft_wrap=True)
     page = _write(collection, boards, _place(directories, out))
     console.print(f"Report: {page}", markup=False, highlight=False, soft_wrap=True)
     return 0

@@ -21,6 +21,7 @@ from clpeft.reports.aggregate import (
     Estimate,
     Leaderboard,
     Row,
+    differing_keys,
     flatten,
     settings,
     strategy_name,
@@ -53,6 +54,7 @@ class Winner:
     settings: int  # how many were compared
     equal: int  # how many others have the same score
     left_out: tuple[str, ...]  # settings that lack a seed or the metric, and so were not compared
+    swept: dict[str, str]  # its values of the keys that the compared settings differ in
 
 
 def select(boards: Sequence[Leaderboard], metric: str = RANKED_BY) -> list[Winner]:
@@ -117,7 +119,14 @@ def _winner(board: str, strategy: str, rows: Sequence[Row], metric: str) -> Winn
         settings=len(compared),
         equal=sum(rank(row)[0] == rank(best)[0] for row in compared) - 1,
         left_out=tuple(row.label for row in rows if row not in compared),
+        swept=_swept(best, compared),
     )
+
+
+def _swept(best: Row, compared: Sequence[Row]) -> dict[str, str]:
+    own = settings(best.runs[0])
+    keys = differing_keys([settings(row.runs[0]) for row in compared])
+    return {key: own[key] for key in keys}
 
 
 _NONE = Estimate(0.0, None, 0)

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from clpeft.config import at_least
 from clpeft.registry import STRATEGIES
-from clpeft.strategies.base import Evidence, Strategy, StrategyConfig
-from clpeft.strategies.memory import Memory
+from clpeft.strategies.base import Evidence
+from clpeft.strategies.rehearsal import Rehearsal, RehearsalConfig
 
 if TYPE_CHECKING:
-    from clpeft.streams.tokenize import EncodedTask
     from clpeft.training.run import Run
 
 
 @dataclass
-class AGEMConfig(StrategyConfig):
+class AGEMConfig(RehearsalConfig):
     """Settings of A-GEM."""
 
-    memory_size: int = at_least(1)  # examples kept, over all tasks
     reference_size: int = at_least(1)  # memory examples behind each reference gradient
 
 
@@ -55,7 +53,7 @@ def project_conflicting(gradients: list[Tensor], reference: list[Tensor]) -> tup
 
 
 @STRATEGIES.register("agem", config=AGEMConfig)
-class AGEM(Strategy):
+class AGEM(Rehearsal):
     """Projects each step's gradient on the memory's, whenever the two conflict.
 
     Once per optimizer step, on the accumulated gradient and before clipping; the reference is
@@ -65,11 +63,8 @@ class AGEM(Strategy):
     """
 
     config: AGEMConfig
-    supports_multi_process = True
+    name = "agem"
     evidence: ClassVar = {"gradient/agem_projected": Evidence.GRADIENT}
-
-    def setup(self, run: Run) -> None:
-        self._memory = Memory(self.config.memory_size, run.generator_for("agem"))
 
     def transform_gradients(self, run: Run) -> Mapping[str, float | Tensor]:
         if not len(self._memory):
@@ -77,12 +72,3 @@ class AGEM(Strategy):
         reference = run.gradients(self._memory.draw(run, self.config.reference_size))
         cosine, projected = project_conflicting(run.filled_gradients(), reference)
         return {"agem_cosine": cosine, "agem_projected": projected}
-
-    def after_task(self, run: Run, task: EncodedTask) -> None:
-        self._memory.add(task.train)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"memory": self._memory.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._memory.load_state_dict(state["memory"])

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor
 
-    from clpeft.streams.batching import Batch
+    from clpeft.streams.batch import Batch
     from clpeft.streams.tokenize import EncodedTask
     from clpeft.training.run import Run
 
@@ -113,6 +113,17 @@ class Strategy:
         """
         return examples
 
+    def admit(self, run: Run, task: EncodedTask, examples: Dataset, source: str) -> Dataset:
+        """Which examples may enter a memory or, generated ones, training; chained.
+
+        Args:
+            run: The run.
+            task: Whose examples they are.
+            examples: Those that another strategy is about to keep or to train on.
+            source: That strategy's name.
+        """
+        return examples
+
     def transform_batch(self, run: Run, batch: Batch) -> Batch:
         """Changes a micro-batch before it is trained on; chained over strategies."""
         return batch
@@ -129,7 +140,8 @@ class Strategy:
         """Terms added to the task loss of one micro-batch, each logged as train/loss/<name>.
 
         The loop divides each by the number of micro-batches of a step, so that a term that does
-        not depend on the data counts once per step.
+        not depend on the data counts once per step; one that is a sum over examples or tokens of
+        the batch is made a mean over the whole step's by `run.per_target`.
         """
         return {}
 
@@ -169,6 +181,10 @@ class Strategy:
             Whether it was written; if not, the model's current adapter is.
         """
         return False
+
+    def facts(self) -> Mapping[str, float]:
+        """Numbers to be recorded after each task, in the `cost` of results.json."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """What a later process needs to continue: nested dicts and lists of tensors, numbers,

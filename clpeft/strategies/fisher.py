@@ -14,7 +14,7 @@ from clpeft.strategies.per_example import mean_over_examples
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from clpeft.streams.batching import Batch
+    from clpeft.streams.batch import Batch
     from clpeft.training.run import Run
 
 # what is differentiated: log-likelihoods of a batch's examples [B], and their probabilities [B]

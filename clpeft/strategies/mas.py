@@ -17,7 +17,7 @@ from clpeft.strategies.base import StrategyConfig
 from clpeft.strategies.per_example import mean_over_examples
 
 if TYPE_CHECKING:
-    from clpeft.streams.batching import Batch
+    from clpeft.streams.batch import Batch
     from clpeft.streams.tokenize import EncodedTask
     from clpeft.training.run import Run
 

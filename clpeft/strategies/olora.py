@@ -20,7 +20,7 @@ from clpeft.strategies.base import Evidence, Strategy, StrategyConfig
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
-    from clpeft.streams.batching import Batch
+    from clpeft.streams.batch import Batch
     from clpeft.streams.tokenize import EncodedTask
     from clpeft.training.run import Run
 

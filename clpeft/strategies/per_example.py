@@ -18,7 +18,7 @@ from clpeft.streams.batching import Columns, sorted_batches
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from clpeft.streams.batching import Batch
+    from clpeft.streams.batch import Batch
     from clpeft.training.run import Run
 
 log = logging.getLogger(__name__)

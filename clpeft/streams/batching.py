@@ -1,130 +1,22 @@
-"""Batches of encoded examples: in which order, padded how."""
+"""Cutting encoded examples into batches: in which order, padded how."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+
+from clpeft.streams.batch import IGNORED, Batch
 
 if TYPE_CHECKING:
     import datasets
 
-# What a loss leaves out; every Hugging Face model knows this number.
-IGNORED = -100
-
 # Batches per window inside which examples are sorted by length: enough to leave little padding,
 # few enough to keep an epoch well mixed.
 WINDOW = 50
-
-
-@dataclass
-class Batch:
-    """Examples of one step, padded to the longest of them.
-
-    Args:
-        inputs: What the model's forward takes, without labels: `input_ids`, `attention_mask` and,
-            for some tokenizers, `token_type_ids`; each [B, L].
-        labels: Classification: [B] global labels. Causal language models: [B, L], aligned with
-            `input_ids`, -100 at prompt and padding. Sequence to sequence: [B, La], -100 at
-            padding.
-        task_ids: [B] int64, the task each example comes from.
-        example_ids: [B] int64, the example's row in its task's full split.
-
-    Attributes:
-        rows: Examples of the whole batch, of which several processes have a share each; B where
-            there is one process.
-    """
-
-    inputs: dict[str, Tensor]
-    labels: Tensor
-    task_ids: Tensor
-    example_ids: Tensor
-
-    def __len__(self) -> int:
-        return len(self.task_ids)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The batch on a device; counts its targets before, so that nobody waits for a GPU."""
-        moved = Batch(
-            {name: x.to(device, non_blocking=non_blocking) for name, x in self.inputs.items()},
-            self.labels.to(device, non_blocking=non_blocking),
-            self.task_ids.to(device, non_blocking=non_blocking),
-            self.example_ids.to(device, non_blocking=non_blocking),
-        )
-        return moved._counted(self.num_targets, self.target_width, self.rows)
-
-    def _counted(self, num_targets: int, target_width: int, rows: int) -> Batch:
-        vars(self).update(num_targets=num_targets, target_width=target_width, rows=rows)
-        return self
-
-    @cached_property
-    def rows(self) -> int:
-        """See the class."""
-        return len(self)
-
-    @cached_property
-    def num_targets(self) -> int:
-        """What the loss is averaged over: examples, or tokens that are to be predicted.
-
-        A causal model predicts nothing at position 0, and no answer begins there, so that the
-        shift of the labels leaves the number as it is.
-        """
-        return int((self.labels != IGNORED).sum())
-
-    @cached_property
-    def target_width(self) -> int:
-        """Columns of the labels from the first that holds a target in any row to the last one."""
-        if self.labels.dim() == 1:
-            return 0
-        used = (self.labels != IGNORED).any(dim=0)
-        return used.shape[0] - int(used.int().argmax()) if used.any() else 0
-
-
-def concatenate(batches: Sequence[Batch], pad_token_id: int) -> Batch:
-    """One batch of the examples of several, padded to the longest of all.
-
-    Args:
-        batches: Batches of one kind of model, on one device.
-        pad_token_id: What fills `input_ids`; masks and token types are filled with 0, labels with
-            -100.
-
-    Returns:
-        The examples in the order given.
-    """
-    width = max(batch.labels.shape[-1] for batch in batches)
-    target_width = max(
-        batch.target_width + width - batch.labels.shape[-1] if batch.target_width else 0
-        for batch in batches
-    )
-    return Batch(
-        {
-            name: _stack(
-                [batch.inputs[name] for batch in batches],
-                pad_token_id if name == "input_ids" else 0,
-            )
-            for name in batches[0].inputs
-        },
-        _stack([batch.labels for batch in batches], IGNORED),
-        torch.cat([batch.task_ids for batch in batches]),
-        torch.cat([batch.example_ids for batch in batches]),
-    )._counted(
-        sum(batch.num_targets for batch in batches),
-        target_width,
-        sum(batch.rows for batch in batches),
-    )
-
-
-def _stack(tensors: Sequence[Tensor], fill: int) -> Tensor:
-    if tensors[0].dim() == 1:
-        return torch.cat(list(tensors))
-    width = max(x.shape[1] for x in tensors)
-    padded = [torch.nn.functional.pad(x, (0, width - x.shape[1]), value=fill) for x in tensors]
-    return torch.cat(padded)
 
 
 @dataclass(frozen=True)
@@ -265,14 +157,17 @@ def share(
         rank: Which share, from 0.
         world_size: How many there are.
     """
-    mine = indices[rank::world_size]
-    if len(mine):
-        batch = collator(columns, mine)
-        targets, width = batch.num_targets, batch.target_width
-    else:
-        batch, targets, width = collator(columns, indices[:1]), 0, 0
+    batch = collator(columns, own_rows(indices, rank, world_size))
+    targets, width = batch.num_targets, batch.target_width
+    if len(indices) <= rank:
+        targets, width = 0, 0
         batch.labels.fill_(IGNORED)
-    return batch._counted(targets, width, len(indices))
+    return batch.counted(targets, width, len(indices))
+
+
+def own_rows(indices: np.ndarray, rank: int, world_size: int) -> np.ndarray:
+    """The rows that make one process's `share` of a batch."""
+    return indices[rank::world_size] if rank < len(indices) else indices[:1]
 
 
 def bucketed_batches(

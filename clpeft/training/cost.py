@@ -27,6 +27,7 @@ class Cost:
         self._timing: tuple[str, float] | None = None  # what is being timed, since when
         self.peak_memory: int | None = None
         self.state_bytes: list[int] = []
+        self.facts: list[dict[str, dict[str, float]]] = []  # per task, by strategy
         _reset_peak()
 
     @contextmanager
@@ -53,7 +54,10 @@ class Cost:
         self.examples += examples
 
     def end_task(self, run: Run) -> None:
-        """Records what the strategies keep after a task, and the memory's peak so far."""
+        """Records what the strategies keep and tell after a task, and the memory's peak so far."""
+        names = run.config.strategies
+        facts = zip(names, (strategy.facts() for strategy in run.strategies), strict=True)
+        self.facts.append({name: dict(found) for name, found in facts if found})
         kept = sum(_tensor_bytes(strategy.state_dict()) for strategy in run.strategies)
         self.state_bytes.append(kept)
         peak = _peak_memory()
@@ -74,6 +78,7 @@ class Cost:
             "skipped_steps": self.skipped_steps,
             "peak_memory_bytes": self.peak_memory,
             "state_bytes": self.state_bytes,
+            "facts": self.facts,
             "adapter_bytes": sum(p.numel() * p.element_size() for p in run.trainable.values()),
         }
 
@@ -90,6 +95,7 @@ class Cost:
             "examples": self.examples,
             "peak_memory": self.peak_memory,
             "state_bytes": list(self.state_bytes),
+            "facts": list(self.facts),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -100,6 +106,7 @@ class Cost:
         self.examples = state["examples"]
         self.peak_memory = state["peak_memory"]
         self.state_bytes = list(state["state_bytes"])
+        self.facts = list(state["facts"])
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from clpeft.config import RunError
 
 if TYPE_CHECKING:
-    from clpeft.streams.batching import Batch
+    from clpeft.streams.batch import Batch
     from clpeft.training.run import Run
 
 SKIPS_AT_MOST = 100  # in a row

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from clpeft.evaluation.evaluator import Evaluator
-    from clpeft.streams.batching import Batch
+    from clpeft.streams.batch import Batch
     from clpeft.streams.tokenize import EncodedTask
     from clpeft.tracking.base import Observer
     from clpeft.training.checkpoint import Checkpoints
@@ -109,18 +109,15 @@ class Loop:
             elif len(self.matrix) == run.tasks_seen:  # stopped while its row was being filled
                 self._close(run.stream.tasks[run.tasks_seen - 1])
             for task in run.stream.tasks[run.tasks_seen :]:
-                examples = self._open(task)
+                examples = self.open_task(task)
                 if len(examples):
                     self.train_task(task, examples)
                     self.skipped = 0
-                with self.cost.around_task():
-                    for strategy in reversed(run.strategies):
-                        strategy.after_task(run, task)
-                run.tasks_seen += 1
+                self.finish_task(task)
                 self._pause()
                 self._close(task)
 
-    def _open(self, task: EncodedTask) -> Dataset:
+    def open_task(self, task: EncodedTask) -> Dataset:
         """Begins a task, or goes on with one; returns what is trained on."""
         run, examples = self.run, task.train
         with self.cost.around_task():
@@ -135,6 +132,13 @@ class Loop:
             for strategy in run.strategies:
                 examples = strategy.train_examples(run, task, examples)
         return examples
+
+    def finish_task(self, task: EncodedTask) -> None:
+        """Lets the strategies take from a trained task what they keep of it."""
+        with self.cost.around_task():
+            for strategy in reversed(self.run.strategies):
+                strategy.after_task(self.run, task)
+        self.run.tasks_seen += 1
 
     def _close(self, task: EncodedTask) -> None:
         """Scores a trained task's row, and leaves its adapter and a checkpoint behind."""
@@ -306,8 +310,7 @@ class Loop:
     def _backward(self, micro_batches: list[Batch]) -> dict[str, float | Tensor]:
         """Accumulates the gradients of one step: the mean over its targets plus the terms."""
         run = self.run
-        # each process has its share of the targets, and gradients are averaged over processes
-        targets = run.total(sum(batch.num_targets for batch in micro_batches)) / run.world_size
+        run.count_targets(micro_batches)
         sums: dict[str, Any] = {"train/loss/task": 0.0}
         for number, batch in enumerate(micro_batches, 1):
             last = number == len(micro_batches)
@@ -317,7 +320,7 @@ class Loop:
                     sums["train/loss/task"] += part / len(micro_batches)
                     continue
                 outputs = run.objective.forward(run.prepared, batch)
-                loss = run.objective.total(outputs, batch) / targets
+                loss = run.objective.total(outputs, batch) / run.targets["task"]
                 sums["train/loss/task"] += loss.detach()
                 for strategy in self.terms:
                     for name, term in strategy.loss_terms(run, batch, outputs).items():

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from clpeft.config import Config
 from clpeft.models.objective import Objective
-from clpeft.streams.batching import Batch, BatchLoader, Collator, Columns, share
+from clpeft.strategies.base import with_hook
+from clpeft.streams.batch import Batch
+from clpeft.streams.batching import BatchLoader, Collator, Columns, own_rows, share
 from clpeft.training.randomness import derived_seed
 
 if TYPE_CHECKING:
@@ -50,6 +52,9 @@ class Run:
         optimizer: Of the current task.
         phase: What is going on, for messages: setup, training or evaluation.
         changed: Name to parameter, all that train or have trained: what a checkpoint holds.
+        targets: What the step's losses are means over, per process: of `task` and of each part.
+        examples: How many examples of each part have targets in the step, likewise.
+        micro_batches: How many the step has.
         logging: Whether this step's values are read; what is costly to compute may wait for that.
         generator: On the CPU, seeded by the run's seed, for what strategies draw.
     """
@@ -81,6 +86,9 @@ class Run:
         self.step = 0
         self.optimizer: Any = None
         self.logging = False
+        self.targets: dict[str, float] = {}
+        self.examples: dict[str, float] = {}
+        self.micro_batches = 1
         self.phase = "setup"
         self.generator = torch.Generator().manual_seed(config.seed)
         self.collator = Collator(config.model.task_type, int(tokenizer.pad_token_id))
@@ -194,6 +202,10 @@ class Run:
         """A batch of chosen examples, on the run's device."""
         return self.collator(columns, np.asarray(indices)).to(self.device)
 
+    def share_of(self, indices: np.ndarray) -> np.ndarray:
+        """The rows of a batch's that are this process's share of it."""
+        return own_rows(indices, self.rank, self.world_size)
+
     def shared_batch(self, columns: Columns, indices: Sequence[int] | np.ndarray) -> Batch:
         """This process's share of a batch of chosen examples, on the run's device.
 
@@ -204,9 +216,71 @@ class Run:
         rows = np.asarray(indices)
         return share(self.collator, columns, rows, self.rank, self.world_size).to(self.device)
 
-    def per_example_loss(self, batch: Batch, outputs: Any) -> Tensor:
-        """Negative log-likelihood of each example, summed over its targets [B], in nats."""
-        return self.objective.per_example(outputs, batch)
+    def per_example_loss(self, batch: Batch, outputs: Any, part: str | None = None) -> Tensor:
+        """Negative log-likelihood of each example, summed over its targets [B], in nats.
+
+        Args:
+            batch: What the model read.
+            outputs: What it made of that.
+            part: Only the examples of this part of the batch.
+        """
+        rows = slice(None) if part is None else batch.parts[part].rows
+        return self.objective.per_example(outputs, batch, rows)
+
+    def count_targets(self, micro_batches: Sequence[Batch]) -> None:
+        """Counts what the losses of a step are means over: of the task, and of each part.
+
+        Of several processes each has its share of the targets, and gradients are averaged over
+        processes: the numbers are the totals divided by how many there are.
+        """
+        targets = {"task": sum(batch.num_targets for batch in micro_batches)}
+        examples: dict[str, int] = {}
+        for batch in micro_batches:
+            for name, part in batch.parts.items():
+                targets[name] = targets.get(name, 0) + part.num_targets
+                examples[name] = examples.get(name, 0) + part.num_examples
+        counts = np.array([*targets.values(), *examples.values()], dtype=np.float64)
+        shares = (self.summed(counts) / self.world_size).tolist()
+        self.targets = dict(zip(targets, shares[: len(targets)], strict=True))
+        self.examples = dict(zip(examples, shares[len(targets) :], strict=True))
+        self.micro_batches = len(micro_batches)
+
+    def per_target(self, total: Tensor, part: str = "task") -> Tensor:
+        """A sum over targets of one micro-batch, as a loss term that is a mean over the step's.
+
+        So that it hangs neither on how a step is cut into micro-batches nor on how many processes
+        share it.
+
+        Args:
+            total: The sum, a scalar.
+            part: Whose targets: those of the task loss, or a part's.
+        """
+        return self._as_mean(total, self.targets[part])
+
+    def per_example(self, total: Tensor, part: str) -> Tensor:
+        """A sum over a part's examples of one micro-batch, as a mean over the step's; see above.
+
+        Args:
+            total: The sum, a scalar; examples without targets add nothing to it.
+            part: The part's name.
+        """
+        return self._as_mean(total, self.examples[part])
+
+    def _as_mean(self, total: Tensor, count: float) -> Tensor:
+        # the loop divides every term by the number of micro-batches
+        return total * (self.micro_batches / max(count, 1 / self.world_size))
+
+    def admitted(self, task: EncodedTask, examples: Dataset, source: str) -> Dataset:
+        """The examples of a task that no strategy objects to.
+
+        Args:
+            task: Whose examples they are.
+            examples: Encoded examples that are to enter a memory or, generated, training.
+            source: The strategy that asks.
+        """
+        for strategy in with_hook(self.strategies, "admit"):
+            examples = strategy.admit(self, task, examples, source)
+        return examples
 
     def mean_loss(self, batch: Batch) -> Tensor:
         """Runs the model; the loss per target, as the loop computes it for one batch.

@@ -167,6 +167,31 @@ def test_process_that_no_row_is_left_for(
     assert results["cost"]["examples"] == one.results["cost"]["examples"]
 
 
+@pytest.mark.parametrize(
+    ("name", "model", "few"),
+    [
+        ("derpp", "tiny_llama", "strategies.derpp.ratio=0.125"),
+        ("derpp", "tiny_bert", "strategies.derpp.ratio=0.125"),
+        ("gem", "tiny_llama", "strategies.gem.reference_size=1"),
+    ],
+)
+def test_process_that_nothing_drawn_is_left_for(
+    finished: Finished, tiny: Overrides, tmp_path: Path, name: str, model: str, few: str
+) -> None:
+    # one example drawn with each batch, for one of two processes
+    short = (*COMPARABLE, few, "training.epochs=1")
+    one = finished(name, *short, model=model)
+    first, second = together(tiny(name, *short, model=model), tmp_path)
+
+    for parameter, value in one.after.items():
+        torch.testing.assert_close(first["weights"][parameter], value, rtol=1e-3, atol=1e-5)
+        assert torch.equal(first["weights"][parameter], second["weights"][parameter])
+    lines = (tmp_path / "history.jsonl").read_text().splitlines()
+    for event, other in zip(map(json.loads, lines), one.history, strict=True):
+        for key in {key for key in event if key.startswith("train/")}:
+            assert event[key] == pytest.approx(other[key], rel=2e-3, abs=1e-5), key
+
+
 @pytest.mark.parametrize("name", ["olora", "replay"])
 def test_one_process_asked_to_stop_stops_all(tiny: Overrides, tmp_path: Path, name: str) -> None:
     # with dropout, whose masks each process draws by itself

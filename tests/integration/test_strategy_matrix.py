@@ -340,22 +340,27 @@ def test_accumulated_micro_batches_make_the_step_of_one_batch(
 
     What differs for reasons of its own is held still: the loader would put other examples together,
     so it cuts the batches of 8 in two; a memory that is drawn from once per micro-batch would draw
-    other examples, so it deals them out in their order; dropout would draw other masks. SGD rather
-    than Adam, whose division by √v blows the rounding of tiny gradients up.
+    other examples, so it deals them out in their order, each of a micro-batch's draws for itself;
+    dropout would draw other masks. SGD rather than Adam, whose division by √v blows the rounding of
+    tiny gradients up.
     """
+    draws = STRATEGY_SETTINGS[name].draws
     bucketed = batching.bucketed_batches
 
     def halves(lengths: np.ndarray, batch_size: int, *, seed: int, epoch: int) -> list[np.ndarray]:
         eights = bucketed(lengths, 8, seed=seed, epoch=epoch)
         return [part for rows in eights for part in np.split(rows, 8 // batch_size)]
 
-    def dealt(self: Memory, run: Any, count: int) -> Any:
-        start = vars(self).setdefault("dealt", 0)
-        self.dealt = start + count  # type: ignore[attr-defined]
-        return run.batch(self._columns, np.arange(start, start + count) % len(self))
+    def dealt(self: Memory, count: int, rows: Tensor | None = None) -> Tensor:
+        turn = vars(self).setdefault("turn", 0)
+        self.turn = (turn + 1) % draws  # type: ignore[attr-defined]
+        dealt = vars(self).setdefault("dealt", [0] * draws)
+        start, dealt[turn] = dealt[turn], dealt[turn] + count
+        among = torch.arange(len(self)) if rows is None else rows
+        return among[torch.arange(start, start + count) % len(among)]
 
     monkeypatch.setattr(batching, "bucketed_batches", halves)
-    monkeypatch.setattr(Memory, "draw", dealt)
+    monkeypatch.setattr(Memory, "sample", dealt)
     sgd = ("optimizer=sgd", "optimizer.lr=0.1", "optimizer.momentum=0.9", "peft.dropout=0")
     sgd += ("stream.num_tasks=2",)
     one = run_it(tiny(name, *sgd), tmp_path / "one")

@@ -96,7 +96,7 @@ def test_step_that_would_hurt_the_memory_is_turned(
 ) -> None:
     # token 1 is x = 1; all logits 0, so p = 1/3 each
     run = regression([0.0, 1.0], [0.0, 0.0, 0.0])
-    agem = AGEM(AGEMConfig(memory_size=4, reference_size=4))
+    agem = AGEM(AGEMConfig(4, "reservoir", "total", reference_size=4))
     agem.setup(run)
     agem.after_task(run, SimpleNamespace(train=examples([[1]], labels=[1])))  # type: ignore[arg-type]
     new = run.batch(Columns(examples([[1]], labels=[0])), [0])

@@ -13,6 +13,8 @@ from clpeft.strategies.agem import AGEM, AGEMConfig
 from clpeft.strategies.replay import Replay, ReplayConfig
 from clpeft.streams.batching import Columns
 
+MEMORY: dict[str, Any] = {"memory_size": 10, "selection": "reservoir", "budget": "total"}
+
 
 @pytest.fixture
 def replaying(bigrams: Callable[..., Any], examples: Callable[..., Any]) -> Callable[..., Any]:
@@ -20,7 +22,7 @@ def replaying(bigrams: Callable[..., Any], examples: Callable[..., Any]) -> Call
 
     def make(ratio: float) -> tuple[Any, Replay]:
         run = bigrams(50)
-        replay = Replay(ReplayConfig(memory_size=10, ratio=ratio))
+        replay = Replay(ReplayConfig(**MEMORY, ratio=ratio, mixing="ratio", weight=1.0))
         replay.setup(run)
         rows = [[40 + i, 30, 31, 32, 33] for i in range(10)]
         task = SimpleNamespace(train=examples(rows, prompt_length=1, task=0))
@@ -66,7 +68,7 @@ def test_without_a_memory_the_batch_is_left_alone(
     bigrams: Callable[..., Any], examples: Callable[..., Any]
 ) -> None:
     run = bigrams(50)
-    replay = Replay(ReplayConfig(memory_size=10, ratio=0.5))
+    replay = Replay(ReplayConfig(**MEMORY, ratio=0.5, mixing="ratio", weight=1.0))
     replay.setup(run)
     given = batch(run, examples, 4)
 
@@ -93,7 +95,7 @@ def test_two_strategies_draw_different_examples(
     replaying: Callable[..., Any], examples: Callable[..., Any]
 ) -> None:
     run, replay = replaying(0.5)
-    agem = AGEM(AGEMConfig(memory_size=10, reference_size=8))
+    agem = AGEM(AGEMConfig(10, "reservoir", "total", reference_size=8))
     agem.setup(run)
     rows = [[40 + i, 30, 31, 32, 33] for i in range(10)]
     agem.after_task(run, SimpleNamespace(train=examples(rows, prompt_length=1, task=0)))  # type: ignore[arg-type]

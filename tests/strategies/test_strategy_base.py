@@ -27,6 +27,8 @@ CONTRACT = {
     "load_state_dict",
     "check",
     "save_adapter",
+    "admit",
+    "facts",
 }
 
 

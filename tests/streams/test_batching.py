@@ -10,14 +10,13 @@ import pyarrow
 import pytest
 import torch
 
+from clpeft.streams.batch import Batch, concatenate, set_aside
 from clpeft.streams.batching import (
     WINDOW,
-    Batch,
     BatchLoader,
     Collator,
     Columns,
     bucketed_batches,
-    concatenate,
     sorted_batches,
 )
 
@@ -160,6 +159,31 @@ def test_joining_classification_batches_keeps_labels_flat(
     both = concatenate([collator(columns, np.array([1])), collator(columns, np.array([0, 3]))], 0)
     assert both.labels.tolist() == [0, 3, 2]
     assert both.inputs["input_ids"].tolist() == [[8, 0, 0], [5, 6, 7], [13, 14, 0]]
+
+
+def test_rows_set_aside_are_counted_apart() -> None:
+    def cut(labels: list[list[int]]) -> Batch:
+        ids = torch.arange(len(labels))
+        inputs = {"input_ids": torch.ones(len(labels), len(labels[0]), dtype=torch.int64)}
+        return Batch(inputs, torch.tensor(labels), torch.zeros_like(ids), ids)
+
+    own, first = cut([[-100, 5]]), cut([[-100, 6, 7], [-100, 8, -100]])
+    empty = cut([[-100, -100]]).counted(0, 0, 1)  # stands in for a share that has no row
+    notes = {"known": torch.tensor([3.0, 4.0])}
+    both = concatenate(
+        [own, set_aside(first, "one", notes), set_aside(empty, "other"), cut([[-100, 9]])], 0
+    )
+
+    one, other = both.parts["one"], both.parts["other"]
+    assert (one.rows, one.num_targets, one.num_examples) == (slice(1, 3), 3, 2)
+    assert (other.rows, other.num_targets, other.num_examples) == (slice(3, 4), 0, 0)
+    assert one.notes["known"].tolist() == [3.0, 4.0]
+    assert both.own_rows.tolist() == [0, 4]  # type: ignore[union-attr]
+    assert both.num_targets == 2
+    # also where it is counted from the labels
+    again = Batch(both.inputs, both.labels, both.task_ids, both.example_ids, parts=both.parts)
+    assert again.num_targets == 2
+    assert both.to("meta").parts["one"].notes["known"].device.type == "meta"
 
 
 # Order.

@@ -1,0 +1,175 @@
+"""What every strategy costs against `finetune`: prints the tables of benchmarks/costs.md.
+
+Run it with `python -m benchmarks.costs`; the environment variable MINILM names a folder with
+all-MiniLM-L6-v2, without which only the small Llama is measured. Steps of the two take turns in one
+process; peak memory and what is kept come from runs in processes of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from benchmarks import fisher, growth
+from benchmarks.composed import config_of, loop_of
+from benchmarks.lanes import BATCH, Entry, Lane, side_by_side
+from benchmarks.spread import spread
+from clpeft.registry import STRATEGIES
+from clpeft.rundir import versions
+
+ROUNDS = 15
+STEPS = {"tiny_llama": 12, "minilm": 6}
+
+# the strategies as their YAMLs have them, and those settings that a cost hangs on
+ENTRIES = (
+    Entry("ewc", ("strategy=ewc",), 1.05),
+    Entry("online_ewc", ("strategy=online_ewc",), 1.05),
+    Entry("si", ("strategy=si",), 1.05),
+    Entry("mas", ("strategy=mas",), 1.05),
+    Entry("l2", ("strategy=l2",), 1.05),
+    Entry("rwalk", ("strategy=rwalk",)),
+    Entry("lwf, cached teacher", ("strategy=lwf", "strategies.lwf.teacher=cached"), 1.15),
+    Entry("lwf, live teacher", ("strategy=lwf", "strategies.lwf.teacher=live"), 1.5),
+    Entry("replay, ratio 0.5", ("strategy=replay", "strategies.replay.ratio=0.5"), 1.5 * 1.05),
+    Entry("replay, ratio 1", ("strategy=replay", "strategies.replay.ratio=1"), 2 * 1.05),
+    Entry(
+        "replay, ratio 1, separate",
+        ("strategy=replay", "strategies.replay.ratio=1", "strategies.replay.mixing=separate"),
+        2 * 1.05,
+    ),
+    Entry(
+        "prioritized_replay, ratio 1",
+        ("strategy=prioritized_replay", "strategies.prioritized_replay.ratio=1"),
+        2 * 1.05,
+    ),
+    Entry("quality_control with replay", ("strategy=[quality_control,replay]",), 2 * 1.05),
+    Entry("generative_replay", ("strategy=generative_replay",)),
+    Entry("der", ("strategy=der",)),
+    Entry("derpp", ("strategy=derpp",)),
+    Entry("er_ace", ("strategy=er_ace",)),
+    Entry(
+        f"agem, reference of {BATCH}",
+        ("strategy=agem", f"strategies.agem.reference_size={BATCH}"),
+        2.15,
+    ),
+    Entry(f"gem, reference of {BATCH}", ("strategy=gem", f"strategies.gem.reference_size={BATCH}")),
+    Entry("gdumb", ("strategy=gdumb",)),
+    Entry("olora", ("strategy=olora",)),
+)
+
+
+def entries(model: str) -> list[Entry]:
+    """The rows that a model can have."""
+    task_type = config_of([f"model={model}"]).model.task_type
+    return [entry for entry in ENTRIES if task_type in task_types(entry)]
+
+
+def task_types(entry: Entry) -> frozenset[str]:
+    """The kinds of model that all strategies of a row are for."""
+    names = entry.overrides[0].removeprefix("strategy=").strip("[]").split(",")
+    return frozenset.intersection(*(STRATEGIES[name].target.task_types for name in names))
+
+
+def model_overrides(model: str) -> list[str]:
+    """What chooses a model of the tables."""
+    where = [f"model.path={os.environ['MINILM']}"] if model == "minilm" else []
+    return [f"model={model}", *where]
+
+
+def step_times(model: str, rounds: int) -> dict[str, list[float]]:
+    """Ratios of step times to finetune's, by row, one per round."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Lane([*model_overrides(model), "strategy=finetune"], Path(folder), STEPS[model])
+        for entry in entries(model):
+            overrides = [*model_overrides(model), *entry.overrides]
+            lane = Lane(overrides, Path(folder), STEPS[model])
+            found[entry.label] = side_by_side(plain, lane, rounds)
+    return found
+
+
+def kept(overrides: list[str]) -> dict[str, Any]:
+    """A short run's costs: bytes kept after the second task and the third, seconds, peak."""
+    small = [
+        "stream.num_tasks=3",
+        "stream.train_size=640",
+        "stream.validation_size=16",
+        "stream.test_size=16",
+        f"training.batch_size={BATCH}",
+        "training.checkpoint.enabled=false",
+        "tracking.log_every=1000",
+        "evaluation.untrained=false",
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        loop = loop_of(config_of([*overrides, *small]), Path(folder))
+        loop.train()
+        return loop.cost.summary(loop.run)
+
+
+def kept_apart(model: str, entry: Entry | None) -> dict[str, Any]:
+    """`kept`, in a process of its own; None for finetune."""
+    chosen = entry.overrides if entry is not None else ("strategy=finetune",)
+    command = [sys.executable, "-m", "benchmarks.costs", "--kept", *model_overrides(model), *chosen]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def table(model: str, rounds: int) -> list[str]:
+    """The table of one model, in Markdown."""
+    times = step_times(model, rounds)
+    plain = kept_apart(model, None)
+    lines = [
+        "| | step | asked at most | around a task | kept | of the adapter | peak memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for entry in entries(model):
+        cost = kept_apart(model, entry)
+        limit = "–" if entry.limit is None else f"{entry.limit:.3g} ×"
+        around = cost["strategy_seconds"] / plain["train_seconds"]
+        second, third = (cost["state_bytes"][task] / 1024 for task in (1, 2))
+        peak = cost["peak_memory_bytes"] / plain["peak_memory_bytes"]
+        lines.append(
+            f"| {entry.label} | {spread(times[entry.label])} × | {limit} | {around:.2f} × | "
+            f"{second:.0f}, {third:.0f} KiB | {third * 1024 / cost['adapter_bytes']:.1f} × | "
+            f"{peak:.2f} × |"
+        )
+    return lines
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--kept", nargs="+", metavar="OVERRIDE", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.kept:
+        print(json.dumps(kept(given.kept)))
+        return
+    out = Console(width=140, highlight=False, soft_wrap=True, markup=False).print
+    known = versions()
+    out(
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.machine()}, "
+        f"torch {known['torch']}, transformers {known['transformers']}, peft {known['peft']}\n"
+    )
+    models = ["tiny_llama", *(["minilm"] if os.environ.get("MINILM") else [])]
+    for model in models:
+        out(f"## {model}, LoRA, batches of {BATCH}, against finetune\n")
+        out("\n".join(table(model, given.rounds)) + "\n")
+    out("## Fisher information of single examples, against a forward and backward pass\n")
+    out("\n".join(fisher.table(models, model_overrides)) + "\n")
+    out("## Fifty tasks\n")
+    out("\n".join(growth.table(entries("tiny_llama"))) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""What all strategies with a memory have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from clpeft.config import at_least, one_of
+from clpeft.strategies.base import Strategy, StrategyConfig
+from clpeft.strategies.memory import BUDGETS, SELECTIONS, Memory
+
+if TYPE_CHECKING:
+    from clpeft.streams.tokenize import EncodedTask
+    from clpeft.training.run import Run
+
+
+@dataclass
+class RehearsalConfig(StrategyConfig):
+    """Settings of a memory."""
+
+    memory_size: int = at_least(1)  # examples kept
+    selection: str = one_of(*SELECTIONS)  # which ones
+    budget: str = one_of(*BUDGETS)  # whether memory_size is for all tasks together or for each
+
+
+class Rehearsal(Strategy):
+    """Keeps examples of each task in a memory, once the task is over."""
+
+    config: RehearsalConfig
+    supports_multi_process = True
+    name: ClassVar[str]  # the strategy's; the memory draws its own numbers by it
+
+    def setup(self, run: Run) -> None:
+        self._memory = Memory(
+            self.config.memory_size,
+            run.generator_for(self.name),
+            selection=self.config.selection,
+            budget=self.config.budget,
+        )
+
+    def after_task(self, run: Run, task: EncodedTask) -> None:
+        rows = self._memory.add(run, run.admitted(task, task.train, self.name))
+        self._remembered(run, task, rows)
+
+    def _remembered(self, run: Run, task: EncodedTask, rows: Tensor) -> None:
+        """Called when the memory has taken examples of a task, with the rows that hold them."""
+
+    def facts(self) -> Mapping[str, float]:
+        return {"memory_examples": len(self._memory), "memory_bytes": self._memory.num_bytes}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"memory": self._memory.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._memory.load_state_dict(state["memory"])
