@@ -58,6 +58,7 @@ class Comparison:
     reference: str  # the other run's strategies
     same: bool  # the weights and every score, bit by bit
     distance: float | None  # ‖θ − θ'‖ / ‖θ'‖; None where the parameters are others, or not kept
+    learned: tuple[float | None, float | None]  # learning accuracy of this run and of the other
     step_ratio: float | None  # seconds of a step after the first task, this run's by the other's
 
 
@@ -281,6 +282,7 @@ def compare(strategy: str, directory: Path, there: Path, logs: Sequence[TaskLog]
         "+".join(other["strategies"]),
         same_result(own, other),
         distance(last_parameters(directory), last_parameters(there)),
+        (own["metrics"].get("learning_accuracy"), other["metrics"].get("learning_accuracy")),
         seconds[0] / seconds[1] if seconds[0] and seconds[1] else None,
     )
 
@@ -329,7 +331,7 @@ def show(examined: Examination, console: Console) -> None:
     for note in examined.notes:
         console.print(f"[dim]•[/] {escape(note)}", highlight=False)
     if not (examined.findings or examined.notes):
-        console.print("Nothing speaks against it.", style="green")
+        console.print("Nothing was found against it.", style="green")
 
 
 def _evidence_table(examined: Examination) -> Table:
@@ -358,6 +360,7 @@ def _comparison_table(comparisons: Sequence[Comparison]) -> Table:
     table = _table("")
     table.add_column("compared with", overflow="fold")
     table.add_column("last weights", justify="right")
+    table.add_column("tasks learned", justify="right")
     table.add_column("a step takes", justify="right")
     table.add_column("verdict", no_wrap=True)
     for one in comparisons:
@@ -367,8 +370,10 @@ def _comparison_table(comparisons: Sequence[Comparison]) -> Table:
         table.add_row(
             one.reference,
             weights,
+            " beside ".join("–" if score is None else f"{score:.2f}" for score in one.learned),
             "–" if one.step_ratio is None else f"{one.step_ratio:.2f} ×",
-            _verdict(Verdict.NOTHING if one.same else Verdict.WORKS, one.strategy),
+            f"{escape(one.strategy)} "
+            + ("[bold red]does nothing[/]" if one.same else "[green]makes a difference[/]"),
         )
     return table
 
@@ -390,8 +395,8 @@ def _amount(kind: Evidence, amount: Amount) -> str:
     return f"{amount.value:.2g} ×" if kind == Evidence.PENALTY else f"{amount.value:.2g}"
 
 
-def _verdict(verdict: Verdict, strategy: str = "") -> str:
-    return f"[{STYLES[verdict]}]{escape(f'{strategy} {verdict}'.strip())}[/]"
+def _verdict(verdict: Verdict) -> str:
+    return f"[{STYLES[verdict]}]{verdict}[/]"
 
 
 def _only(overrides: Sequence[str]) -> DictConfig:

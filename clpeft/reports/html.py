@@ -22,8 +22,9 @@ from clpeft.reports.aggregate import (
     flatten,
     settings,
 )
+from clpeft.reports.doubts import MARK, doubts_of
 from clpeft.reports.runs import Collection, Run
-from clpeft.reports.tables import cell_text, how_to_cite
+from clpeft.reports.tables import cell_text, how_to_cite, seeds_text
 
 TEMPLATE = "report.html.jinja"
 NAMES = {
@@ -87,6 +88,9 @@ def render_html(
         own_settings=own_settings,
         telling_metrics=telling_metrics,
         how_to_cite=how_to_cite,
+        doubts={board.slug: doubts_of(board) for board in boards},
+        mark=MARK,
+        seeds_text=seeds_text,
         environment=environment_table([run for board in boards for run in _runs(board)]),
     )
 

@@ -35,6 +35,16 @@ class Note:
 
 
 @dataclass(frozen=True)
+class Warned:
+    """Something that a run found of itself at its end."""
+
+    strategy: str
+    verdict: str
+    what: str
+    text: str  # what was found, and what to try
+
+
+@dataclass(frozen=True)
 class Run:
     """One completed run, as its results.json and config.yaml tell it."""
 
@@ -54,6 +64,7 @@ class Run:
     setting: str  # digest of model, PEFT, quantization, stream and evaluation
     test: str  # digest of the examples, prompts and labels that were scored
     base: str  # which weights the adapters stand on
+    weights: str | None  # digest of what was trained; None in results of earlier versions
     tasks: tuple[str, ...]
     scorers: tuple[str, ...]  # per task: accuracy, exact_match, rougeL
     split: str
@@ -68,6 +79,7 @@ class Run:
     cost: dict[str, Any]
     parameters: dict[str, Any]
     environment: dict[str, Any]
+    warnings: tuple[Warned, ...]
     config: dict[str, Any]
     status: dict[str, Any]
 
@@ -309,6 +321,7 @@ def _parse_run(
         setting=_take(digests, "setting", str),
         test=str(digests.get("test", "?")),
         base=str(digests.get("base", "?")),
+        weights=digests.get("weights"),
         tasks=tasks,
         scorers=tuple(str(scorers.get(task, "?")) for task in tasks),
         split=_take(content, "split", str),
@@ -323,9 +336,20 @@ def _parse_run(
         cost=content.get("cost") or {},
         parameters=content.get("parameters") or {},
         environment=content.get("environment") or {},
+        warnings=_warnings(content),
         config=config,
         status=status,
     )
+
+
+def _warnings(content: dict[str, Any]) -> tuple[Warned, ...]:
+    try:
+        return tuple(
+            Warned(w["strategy"], w["verdict"], w["what"], f"{w['text']} {w['advice']}")
+            for w in content.get("warnings", [])
+        )
+    except (KeyError, TypeError) as error:
+        raise UnreadableError(f"has warnings that cannot be read ({error!r})") from error
 
 
 def _disagreements(run: Run, stored: Any) -> Iterator[Note]:

@@ -22,6 +22,7 @@ from clpeft.reports.aggregate import (
     settings,
     strategy_name,
 )
+from clpeft.reports.doubts import MARK, doubts_of
 from clpeft.reports.runs import Collection
 from clpeft.rundir import KILLED
 
@@ -87,6 +88,7 @@ def write_runs_csv(boards: Sequence[Leaderboard], path: Path) -> None:
     keys = differing_keys([settings(run) for run in runs])
     lines = []
     for board in boards:
+        doubts = doubts_of(board)
         for row in board.rows:
             for run, scores in zip(row.runs, row.scores, strict=True):
                 flat = settings(run)
@@ -100,6 +102,11 @@ def write_runs_csv(boards: Sequence[Leaderboard], path: Path) -> None:
                         "digest": run.digest,
                         "family": run.family,
                         "directory": run.directory,
+                        "doubts": " | ".join(
+                            doubt.text
+                            for doubt in doubts
+                            if doubt.label == row.label and run.seed in doubt.seeds
+                        ),
                         **scores,
                         **{f"config.{key}": flat.get(key) for key in keys},
                         **{name: run.cost.get(name) for name in COSTS if name in run.cost},
@@ -109,7 +116,7 @@ def write_runs_csv(boards: Sequence[Leaderboard], path: Path) -> None:
     columns = ["leaderboard", "strategy", "strategies", "seed", "name", "digest", "family"]
     costs = [name for name in COSTS if name != "step_ratio"]
     configs = [f"config.{key}" for key in keys]
-    _write_csv(path, [*columns, "directory", *METRICS, *costs, *configs], lines)
+    _write_csv(path, [*columns, "directory", *METRICS, *costs, *configs, "doubts"], lines)
 
 
 def latex_table(board: Leaderboard) -> str:
@@ -170,6 +177,9 @@ def print_leaderboards(
     for board in boards:
         console.print(_console_table(board, width), width=width)
         console.print(_explanation(board, width), style="dim", width=width, highlight=False)
+        for doubt in doubts_of(board):
+            told = f"[yellow]{MARK}[/] {escape(f'{doubt.label}, {seeds_text(doubt.seeds)}: ')}"
+            console.print(f"{told}{escape(doubt.text)}", width=width, highlight=False)
         console.print()
     if collection.unfinished:
         table = Table(title="Not counted: runs without a result", title_justify="left", box=None)
@@ -234,8 +244,9 @@ def _console_table(board: Leaderboard, width: int) -> Table:
         table.add_column("vs finetune", min_width=14)
     table.add_column("n", justify="right", no_wrap=True)
     best = {name: board.best(name) for name in metrics}
+    doubtful = {doubt.label for doubt in doubts_of(board)}
     for i, row in enumerate(board.rows):
-        cells = [escape(row.label)]
+        cells = [escape(row.label) + (f" [yellow]{MARK}[/]" if row.label in doubtful else "")]
         for name in metrics:
             text = cell_text(row.metrics.get(name), len(row.runs))
             cells.append(f"[bold green]{text}[/]" if row.label in best[name] else text)
@@ -247,6 +258,11 @@ def _console_table(board: Leaderboard, width: int) -> Table:
         last_bound = bool(board.contenders) and i == len(board.bounds) - 1
         table.add_row(*cells, style="dim" if row.bound else None, end_section=last_bound)
     return table
+
+
+def seeds_text(seeds: Sequence[int]) -> str:
+    """`seed 0`, or `seeds 0, 1, 2`."""
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
 
 def cell_text(estimate: Estimate | None, seeds: int, *, signed: bool = False) -> str:

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from clpeft import experiment
 from clpeft.composition import settle
 from clpeft.config import ConfigError
+from clpeft.evaluation.evidence import Verdict
 from clpeft.models.objective import CausalObjective
 from clpeft.registry import STRATEGIES
 from clpeft.strategies.memory import Memory
@@ -87,6 +88,13 @@ def test_declared_evidence_is_logged_from_the_second_task_on(finished: Finished,
     assert STRATEGY_SETTINGS[name].trace in declared
     for task in (1, 2):
         assert all(step.keys() >= declared for step in finished(name).steps(task))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_says_that_it_does_nothing(finished: Finished, name: str) -> None:
+    warnings = finished(name).results["warnings"]
+
+    assert [w["text"] for w in warnings if w["verdict"] == Verdict.NOTHING] == []
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "finetune"])
@@ -211,6 +219,8 @@ def test_interrupted_at_every_boundary_it_ends_in_the_same_bits(
     assert resumed.results["matrix"] == whole.results["matrix"]
     assert resumed.results["metrics"] == whole.results["metrics"]
     assert resumed.results["undefined"] == whole.results["undefined"]
+    assert resumed.results["digests"] == whole.results["digests"]
+    assert resumed.results["warnings"] == whole.results["warnings"]
     assert untimed(resumed.history) == untimed(whole.history)
     for part in ("steps", "examples", "state_bytes"):
         assert resumed.results["cost"][part] == whole.results["cost"][part]

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from clpeft.tracking.base import RunInfo
-from clpeft.tracking.history import HistoryObserver
+from clpeft.tracking.history import HistoryObserver, read_events
 
 
 def info(directory, **changes):
@@ -151,3 +151,20 @@ def test_a_file_shorter_than_its_checkpoint_is_continued_with_a_warning(
     assert f"{1000 - len(written)} bytes short" in caplog.text
     history.on_step(5, {"train/loss": 1.0})
     assert lines(tmp_path)[-1]["step"] == 5
+
+
+def test_events_are_read_back_without_what_a_crash_cut_short(tmp_path, open_history, caplog):
+    history = open_history(tmp_path)
+    history.on_task_start(0, "north", 2)
+    history.on_step(1, {"train/loss": math.nan})
+    history.close(1, None)
+    assert read_events(tmp_path) == lines(tmp_path)
+    assert caplog.text == ""
+    with (tmp_path / "history.jsonl").open("a") as file:
+        file.write('{"event": "st')
+    assert [event["event"] for event in read_events(tmp_path)] == ["task_start", "step", "end"]
+    assert "has a line that is not JSON" in caplog.text
+
+
+def test_no_history_has_no_events(tmp_path):
+    assert read_events(tmp_path / "nowhere") == []

@@ -162,6 +162,15 @@ def test_the_summary_has_the_metrics_and_the_cost(recorded):
     assert "cost/state_bytes" not in values
 
 
+def test_what_makes_the_result_doubtful_is_in_the_summary_and_an_alert(recorded):
+    told = "ewc does nothing: its penalty stayed 0. Raise it."
+    assert summary(recorded)["warnings"] == [told]
+    alerts = [record.alert for record in records(recorded) if record.HasField("alert")]
+    assert [(alert.title, alert.text, alert.level) for alert in alerts] == [
+        ("a doubtful result", told, "WARN")
+    ]
+
+
 def test_the_run_is_named_grouped_and_tagged_and_its_config_is_flat(recorded):
     run = the_run(recorded)
     assert run.display_name == "ewc+replay-s0-1a2b3c4d"
