@@ -69,7 +69,7 @@ def distances(logits: Tensor, labels: Tensor, kept: Tensor, ids: Tensor) -> Tens
     targets = labels != IGNORED
     # the column of the k-th target looks up the k-th place
     places = (targets.cumsum(dim=1) - 1).clamp(min=0)[..., None].expand(-1, -1, kept.shape[-1])
-    found = logits.float().gather(-1, ids.long().gather(1, places))
+    found = logits.gather(-1, ids.long().gather(1, places)).float()
     squares = (found - kept.gather(1, places)).square().mean(dim=-1)
     return squares.masked_fill(~targets, 0.0).sum(dim=1) / targets.sum(dim=1).clamp(min=1)
 
@@ -194,8 +194,8 @@ class DERPP(DER):
     }
 
     def _recalled(self, run: Run, count: int) -> list[Batch]:
-        drawn = set_aside(self._memory.draw(run, count), self.labels_name)
-        return [*super()._recalled(run, count), drawn]
+        recalled = super()._recalled(run, count)
+        return [*recalled, set_aside(self._memory.draw(run, count), self.labels_name)]
 
     def loss_terms(self, run: Run, batch: Batch, outputs: Any) -> dict[str, Tensor]:
         terms = super().loss_terms(run, batch, outputs)

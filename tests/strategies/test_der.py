@@ -243,16 +243,18 @@ def test_second_draw_is_trained_on_its_labels(regression: Examples, examples: Ex
     values = torch.tensor([0.3, -0.2, 1.0])
     with torch.no_grad():
         weight.copy_(values)
-    new = run.batch(Columns(examples([[1]] * 2, labels=[0] * 2)), [0, 1])
+    new = run.batch(Columns(examples([[1]], labels=[0])), [0])
+    rows = iter([torch.tensor([0]), torch.tensor([1])])
+    der._memory.sample = lambda count, of=None: next(rows)
 
     found = terms(run, der, [new])
 
     assert found.keys() == {"derpp", "derpp_labels"}
-    own = -torch.log_softmax(values, 0)[0] - torch.log_softmax(2 * values, 0)[2]
-    assert found["derpp_labels"].item() == pytest.approx(0.4 * float(own) / 2, rel=1e-6)
-    # z = 0: x² w², with x² = 1 and 4
-    far = 0.5 * (1 + 4) / 2 * float((values**2).mean())
-    assert found["derpp"].item() == pytest.approx(far, rel=1e-6)
+    # x′ = 1 and z′ = 0; x″ = 2 with the label 2
+    distance = 0.5 * float((values**2).mean())
+    assert found["derpp"].item() == pytest.approx(distance, rel=1e-6)
+    loss = -0.4 * float(torch.log_softmax(2 * values, 0)[2])
+    assert found["derpp_labels"].item() == pytest.approx(loss, rel=1e-6)
 
 
 def test_rows_without_a_share_add_nothing(bigrams: Examples, examples: Examples) -> None:
