@@ -33,6 +33,7 @@ STRATEGY_SETTINGS: dict[str, Setting] = {
         trace="train/loss/ewc",
     ),
     "l2": Setting(("strategies.l2.lambda_=0.5",), trace="train/loss/l2"),
+    "lwf": Setting(trace="train/loss/lwf"),
     "mas": Setting(
         ("strategies.mas.lambda_=20", "strategies.mas.examples=8"),
         trace="train/loss/mas",

@@ -308,6 +308,7 @@ class Loop:
         run = self.run
         # each process has its share of the targets, and gradients are averaged over processes
         targets = run.total(sum(batch.num_targets for batch in micro_batches)) / run.world_size
+        run.targets = targets / len(micro_batches)
         sums: dict[str, Any] = {"train/loss/task": 0.0}
         for number, batch in enumerate(micro_batches, 1):
             last = number == len(micro_batches)

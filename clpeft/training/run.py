@@ -51,6 +51,9 @@ class Run:
         phase: What is going on, for messages: setup, training or evaluation.
         changed: Name to parameter, all that train or have trained: what a checkpoint holds.
         logging: Whether this step's values are read; what is costly to compute may wait for that.
+        targets: Of the step under way, the mean over its micro-batches and processes. A sum over
+            a micro-batch's targets divided by it is a term that counts as the task's own loss
+            does: in all a mean over the step's targets, however they are shared out.
         generator: On the CPU, seeded by the run's seed, for what strategies draw.
     """
 
@@ -81,6 +84,7 @@ class Run:
         self.step = 0
         self.optimizer: Any = None
         self.logging = False
+        self.targets = 1.0
         self.phase = "setup"
         self.generator = torch.Generator().manual_seed(config.seed)
         self.collator = Collator(config.model.task_type, int(tokenizer.pad_token_id))
