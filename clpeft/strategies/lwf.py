@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clpeft.config import Config, ConfigError, above, at_least, one_of
+from clpeft.config import ConfigError, above, at_least, one_of
 from clpeft.registry import STRATEGIES
 from clpeft.strategies.base import Strategy, StrategyConfig
 from clpeft.strategies.teacher import CachedOutputs, Teacher, cached_outputs, teacher_of
@@ -175,10 +176,12 @@ class LwF(Strategy):
         own = np.flatnonzero(columns.numbers["task_id"] == task.index)
         if not len(own):
             return
-        config = run.config.training
-        read = config.batch_size * config.gradient_accumulation * (config.max_steps or len(own))
-        if self.config.teacher == "auto" and read < len(own):
-            log.info("lwf: the teacher runs beside the model, as few of '%s' are read", task.name)
+        if self.config.teacher == "auto" and _examples_read(run) < len(own):
+            log.info(
+                "lwf: the teacher runs beside the model for '%s': not all of its "
+                "examples are read within training.max_steps",
+                task.name,
+            )
             return
         width = _width(self._teacher, run, columns, own)
         needed = _gib(columns, own, width)
@@ -209,6 +212,14 @@ class LwF(Strategy):
                 f"but strategies.lwf.cache_gib is {self.config.cache_gib:g}; raise it, or set "
                 f"strategies.lwf.teacher=live."
             )
+
+
+def _examples_read(run: Run) -> float:
+    """How many examples a task's steps read, at most."""
+    config = run.config.training
+    if config.max_steps is None:
+        return math.inf
+    return config.max_steps * config.batch_size * config.gradient_accumulation
 
 
 def _width(teacher: Teacher, run: Run, columns: Columns, rows: np.ndarray) -> int:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from clpeft.streams.batching import IGNORED, sorted_batches
 
@@ -26,24 +26,46 @@ Teacher = Callable[["Batch"], tuple[Tensor, Tensor]]
 
 
 def teacher_of(run: Run, weights: Mapping[str, Tensor], objective: Objective) -> Teacher:
-    """The run's model with other values of some parameters: without dropout and without gradient.
+    """The run's model with other values of what trains: without dropout and without gradient.
 
-    The model's own values are never written to, so that a graph that was made with them, between
-    the student's forward and backward pass, stays valid. It is the unwrapped model that is called:
-    the exchange between processes takes no note of it.
+    While it is asked, its modules hold the other tensors in place of their parameters, which are
+    not written to: a graph between the student's forward and backward pass stays valid. It is the
+    unwrapped model that is asked, so that processes do not take it for a step.
 
     Args:
         run: Whose model.
-        weights: Name to value, as in `run.trainable`.
+        weights: Name to value, for each of `run.trainable`.
         objective: Gives the logits and labels of a batch.
     """
+    names = {id(parameter): name for name, parameter in run.trainable.items()}
+    modules = list(run.model.modules())
+    places = [  # a tied parameter has several
+        (module._parameters, key, own, weights[names[id(own)]])
+        for module in modules
+        for key, own in module._parameters.items()
+        if id(own) in names
+    ]
 
-    def model(**inputs: Any) -> Any:
-        return functional_call(run.model, dict(weights), kwargs=inputs)
+    @contextmanager
+    def teaching() -> Iterator[None]:
+        # as train() and eval() do, which take as long as a layer of a small model does
+        modes = [vars(module) for module in modules]
+        before = [mode["training"] for mode in modes]
+        try:
+            for mode in modes:
+                mode["training"] = False
+            for parameters, key, _, other in places:
+                parameters[key] = other  # type: ignore[assignment]
+            yield
+        finally:
+            for parameters, key, own, _ in places:
+                parameters[key] = own
+            for mode, training in zip(modes, before, strict=True):
+                mode["training"] = training
 
     def predicted(batch: Batch) -> tuple[Tensor, Tensor]:
-        with run.eval_mode(), torch.no_grad(), run.accelerator.autocast():
-            outputs = objective.forward(model, batch)
+        with teaching(), torch.no_grad(), run.accelerator.autocast():
+            outputs = objective.forward(run.model, batch)
         return objective.predicted(outputs, batch)
 
     return predicted
