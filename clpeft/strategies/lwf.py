@@ -168,7 +168,9 @@ class LwF(Strategy):
         return {"teacher": self._weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._weights = {name: w.to(self._device) for name, w in state["teacher"].items()}
+        # copies lie in memory as the first run's do, which can decide the bits of a product
+        weights = state["teacher"]
+        self._weights = {name: w.to(self._device, copy=True) for name, w in weights.items()}
 
     def _ask_in_advance(self, run: Run, task: EncodedTask, columns: Columns) -> None:
         """Fills the cache for a task's examples, where that fits into memory and pays."""

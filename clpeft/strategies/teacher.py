@@ -39,10 +39,12 @@ def teacher_of(run: Run, weights: Mapping[str, Tensor], objective: Objective) ->
     """
     names = {id(parameter): name for name, parameter in run.trainable.items()}
     modules = list(run.model.modules())
-    places = [  # a tied parameter has several
-        (module._parameters, key, own, weights[names[id(own)]])
+    places = [
+        # PyTorch chooses a product's kernel by whether its weight trains: as the student's does,
+        # so that the same weights say the same bits
+        (module._parameters, key, own, weights[names[id(own)]].detach().requires_grad_())
         for module in modules
-        for key, own in module._parameters.items()
+        for key, own in module._parameters.items()  # a tied parameter is at several
         if id(own) in names
     ]
 

@@ -220,6 +220,7 @@ def test_descent_on_a_quadratic_gives_its_fall_over_its_divergence(regression: R
 def test_saved_within_an_interval_it_goes_on_alike(regression: Regression) -> None:
     whole, saved = Walk(regression, every=3), Walk(regression, every=3)
     for walk in (whole, saved):
+        two_steps(walk)
         walk.end_task()
         two_steps(walk)
     later = Walk(regression, every=3)
