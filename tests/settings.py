@@ -55,6 +55,7 @@ STRATEGY_SETTINGS: dict[str, Setting] = {
         trace="train/gradient/gem_violated",
         beside_replay="train/gradient/gem_cosine",
     ),
+    "lwf": Setting(trace="train/loss/lwf"),
     "mas": Setting(
         ("strategies.mas.lambda_=20", "strategies.mas.examples=8"),
         trace="train/loss/mas",
@@ -62,6 +63,11 @@ STRATEGY_SETTINGS: dict[str, Setting] = {
     "online_ewc": Setting(
         ("strategies.online_ewc.lambda_=20", "strategies.online_ewc.fisher_examples=8"),
         trace="train/loss/online_ewc",
+    ),
+    "rwalk": Setting(
+        # three steps to an interval leave two of a task's eight over
+        ("strategies.rwalk.lambda_=20", "strategies.rwalk.every=3"),
+        trace="train/loss/rwalk",
     ),
     "si": Setting(("strategies.si.lambda_=20",), trace="train/loss/si"),
     "finetune": Setting(keeps_state=False),

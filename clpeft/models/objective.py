@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,7 +52,7 @@ class Objective(ABC):
     a whole optimizer step, so that accumulation over micro-batches of unequal length is exact.
     """
 
-    def forward(self, model: nn.Module, batch: Batch) -> Any:
+    def forward(self, model: Callable[..., Any], batch: Batch) -> Any:
         """Runs the model on a batch; returns its output, whose `logits` the losses read."""
         return model(**batch.inputs)
 
@@ -164,7 +165,7 @@ class CausalObjective(Objective):
     def __init__(self, keeps_logits: bool = False) -> None:
         self.keeps_logits = keeps_logits
 
-    def forward(self, model: nn.Module, batch: Batch) -> Any:
+    def forward(self, model: Callable[..., Any], batch: Batch) -> Any:
         if not self.keeps_logits:
             return model(**batch.inputs)
         # one more than the targets' columns: position t predicts token t+1
@@ -200,7 +201,7 @@ class Seq2SeqObjective(Objective):
         self.start = start
         self.pad = pad
 
-    def forward(self, model: nn.Module, batch: Batch) -> Any:
+    def forward(self, model: Callable[..., Any], batch: Batch) -> Any:
         decoder_input_ids = shift_right(batch.labels, self.start, self.pad)
         return model(**batch.inputs, decoder_input_ids=decoder_input_ids)
 

@@ -188,7 +188,6 @@ class DERPP(DER):
     name = "derpp"
     evidence: ClassVar = {"loss/derpp": Evidence.TERM, "loss/derpp_labels": Evidence.TERM}
     labels_name: ClassVar[str] = "derpp_labels"
-    evidence: ClassVar = {"loss/derpp": Evidence.TERM, "loss/derpp_labels": Evidence.TERM}
     conflicts: ClassVar[dict[str, str]] = {
         "der": "derpp is der with one term more, and its alpha is that of der"
     }

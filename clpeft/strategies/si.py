@@ -11,8 +11,9 @@ from torch import Tensor
 
 from clpeft.config import above, at_least
 from clpeft.registry import STRATEGIES
-from clpeft.strategies.anchors import AnchoredStrategy, moved
+from clpeft.strategies.anchors import moved
 from clpeft.strategies.base import StrategyConfig
+from clpeft.strategies.paths import FollowedPath, path_integral
 
 if TYPE_CHECKING:
     from clpeft.streams.tokenize import EncodedTask
@@ -27,17 +28,6 @@ class SIConfig(StrategyConfig):
     xi: float = above(0)  # keeps the importance of weights that hardly moved finite
 
 
-def path_integral(integral: list[Tensor], gradients: list[Tensor], moves: list[Tensor]) -> None:
-    """ω ← ω − g·Δθ, in place: what each weight's move took off the loss, to first order.
-
-    Args:
-        integral: ω so far, one float32 tensor per parameter.
-        gradients: g, the task's own gradient at the step's start.
-        moves: Δθ, what the optimizer made of it.
-    """
-    torch._foreach_addcmul_(integral, gradients, moves, value=-1.0)
-
-
 def consolidated(
     integral: Sequence[Tensor], travelled: Sequence[Tensor], xi: float
 ) -> list[Tensor]:
@@ -46,7 +36,7 @@ def consolidated(
 
 
 @STRATEGIES.register("si", config=SIConfig)
-class SI(AnchoredStrategy):
+class SI(FollowedPath):
     """(λ/2) Σ_i Ω_i (θ_i − θ*_i)², θ* the weights after the latest task.
 
     Within a task ω ← ω − g·Δθ each step, with g the task's own gradient (summed over micro-batches,
@@ -63,21 +53,9 @@ class SI(AnchoredStrategy):
         super().setup(run)
         parameters = list(run.trainable.values())
         self._integral = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
-        # the first task starts here; every other one at the anchor
-        self._anchors.centre = [p.detach().float().clone() for p in parameters]
-        self._gradients: list[Tensor] = []
-        self._before: list[Tensor] = []
 
-    def task_gradients(self, run: Run) -> None:
-        self._gradients = [gradient.float().clone() for gradient in run.filled_gradients()]
-        self._before = [p.detach().float().clone() for p in run.trainable.values()]
-
-    def after_step(self, run: Run) -> None:
-        if run.optimizer.step_was_skipped:  # its gradients overflowed in fp16
-            return
-        now = [parameter.detach().float() for parameter in run.trainable.values()]
-        moves = torch._foreach_sub(now, self._before)
-        path_integral(self._integral, self._gradients, list(moves))
+    def _follow(self, gradients: list[Tensor], moves: list[Tensor], now: list[Tensor]) -> None:
+        path_integral(self._integral, gradients, moves)
 
     def _remember(self, run: Run, task: EncodedTask, parameters: list[Tensor]) -> None:
         now = [parameter.detach().float() for parameter in parameters]

@@ -84,6 +84,15 @@ class Columns:
         """[rows] tokens of each example's input."""
         return self.ragged["input_ids"].lengths
 
+    @property
+    def targets(self) -> np.ndarray:
+        """[rows] targets of each example: the tokens of its answer, or its one label."""
+        if "labels" in self.ragged:
+            return self.ragged["labels"].lengths
+        if "prompt_length" in self.numbers:
+            return self.lengths - self.numbers["prompt_length"]
+        return np.ones(len(self), dtype=np.int64)
+
 
 def _flat(column: Any) -> Any:
     """A column's chunks as one array."""

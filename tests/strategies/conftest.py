@@ -47,7 +47,9 @@ def make_run(model: nn.Module, task_type: str, objective: Objective, **changes: 
     config: Any = SimpleNamespace(
         seed=0,
         model=SimpleNamespace(task_type=task_type),
-        training=SimpleNamespace(batch_size=8, gradient_accumulation=1, max_grad_norm=None),
+        training=SimpleNamespace(
+            batch_size=8, gradient_accumulation=1, max_grad_norm=None, max_steps=None
+        ),
     )
     accelerator: Any = SimpleNamespace(
         device=torch.device("cpu"),
