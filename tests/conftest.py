@@ -62,10 +62,10 @@ def bases(cache_dir: Path) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def tiny(cache_dir: Path, bases: Callable[[str], Path]) -> Callable[..., list[str]]:
     """Overrides of a tiny run under one or several strategies, the base model at hand."""
-    from tests.settings import STRATEGY_SETTINGS, TINY
+    from tests.settings import STRATEGY_SETTINGS, TINY, side_by_side
 
     def overrides(strategy: str, *more: str, model: str = "tiny_llama") -> list[str]:
-        names = strategy.split("+")
+        names = side_by_side(strategy)
         chosen = [o for name in names for o in STRATEGY_SETTINGS[name].overrides]
         return [
             *TINY,

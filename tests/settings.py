@@ -19,6 +19,10 @@ class Setting:
     # what shows that it acts beside replay, where that may leave it nothing to change
     beside_replay: str | None = None
     keeps_state: bool = True  # whether its state after task 1 holds tensors
+    # the strategy that it is run with wherever it could not run alone
+    beside: str | None = None
+    # optimizer steps of each task of a tiny run
+    steps: tuple[int, int, int] = (8, 8, 8)
 
 
 STRATEGY_SETTINGS: dict[str, Setting] = {
@@ -27,7 +31,7 @@ STRATEGY_SETTINGS: dict[str, Setting] = {
         trace="train/gradient/agem_projected",
         beside_replay="train/gradient/agem_cosine",
     ),
-    "cumulative": Setting(keeps_state=False),
+    "cumulative": Setting(keeps_state=False, steps=(8, 16, 24)),
     "ewc": Setting(
         ("strategies.ewc.lambda_=20", "strategies.ewc.fisher_examples=8"),
         trace="train/loss/ewc",
@@ -44,13 +48,35 @@ STRATEGY_SETTINGS: dict[str, Setting] = {
     "si": Setting(("strategies.si.lambda_=20",), trace="train/loss/si"),
     "finetune": Setting(keeps_state=False),
     "independent": Setting(),
-    "joint": Setting(keeps_state=False),
+    "generative_replay": Setting(
+        (
+            "strategies.generative_replay.replay_ratio=0.25",
+            "strategies.generative_replay.max_attempts=60",
+        ),
+        trace="train/generative_replay/examples",
+        keeps_state=False,
+        steps=(8, 10, 10),  # eight examples more: a batch in each epoch
+    ),
+    "joint": Setting(keeps_state=False, steps=(0, 0, 24)),
     "olora": Setting(("strategies.olora.lambda1=0.5",), trace="train/loss/orthogonality"),
+    "quality_control": Setting(
+        ("strategies.quality_control.near_duplicates=0.3", "strategies.quality_control.ngram=2"),
+        trace="train/quality/dropped",
+        beside="replay",
+    ),
     "replay": Setting(
         ("strategies.replay.memory_size=24", "strategies.replay.ratio=0.45"),
         trace="train/replay/examples",
     ),
 }
+
+
+def side_by_side(strategy: str) -> list[str]:
+    """The names in `one+other`, and of those that they cannot run without."""
+    names = strategy.split("+")
+    partners = [STRATEGY_SETTINGS[name].beside for name in names]
+    return list(dict.fromkeys([*names, *(name for name in partners if name is not None)]))
+
 
 # Everything small: a run takes about a second once its base model is built. Weight decay is on, so
 # that what only looks frozen moves; dropout too, so that random states that differ show.
@@ -82,6 +108,11 @@ _WARMUP = (
     "model.warmup.lr=1e-2",
     "model.warmup.vocabulary=600",
 )
+TASK_TYPES = {
+    "tiny_llama": "causal_lm",
+    "tiny_bert": "sequence_classification",
+    "tiny_t5": "seq2seq_lm",
+}
 TINY_MODELS = {
     "tiny_llama": (
         "model=tiny_llama",

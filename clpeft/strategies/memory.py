@@ -101,6 +101,8 @@ class Memory:
         """
         from datasets import concatenate_datasets
 
+        if not len(examples):
+            return torch.zeros(0, dtype=torch.int64)
         held = len(self)
         keys = torch.cat([self._keys, self._keys_of(run, examples)])
         everything = examples

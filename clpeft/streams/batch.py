@@ -12,6 +12,9 @@ from torch import Tensor
 # What a loss leaves out; every Hugging Face model knows this number.
 IGNORED = -100
 
+# The example id of a row without targets, there only for its process to keep pace with others.
+NO_EXAMPLE = -(2**63)
+
 
 @dataclass(frozen=True)
 class Part:
@@ -37,7 +40,8 @@ class Batch:
             `input_ids`, -100 at prompt and padding. Sequence to sequence: [B, La], -100 at
             padding.
         task_ids: [B] int64, the task each example comes from.
-        example_ids: [B] int64, the example's row in its task's full split.
+        example_ids: [B] int64, the example's row in its task's full split; less than 0 for those
+            that a model wrote.
         weights: [B] float32, what each example's loss counts in the task loss; None: 1 each.
         candidates: [B, labels] bool, which of the labels that the scenario lets compete do so for
             an example of a classification head; None: all of them.
@@ -65,6 +69,7 @@ class Batch:
         def moved(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=non_blocking)
 
+        identities = self.identities
         batch = Batch(
             {name: moved(x) for name, x in self.inputs.items()},
             moved(self.labels),
@@ -74,6 +79,7 @@ class Batch:
             None if self.candidates is None else moved(self.candidates),
             self.parts,
         )
+        vars(batch)["identities"] = identities
         return batch.counted(self.num_targets, self.target_width, self.rows)
 
     def counted(self, num_targets: int, target_width: int, rows: int) -> Batch:
@@ -85,6 +91,11 @@ class Batch:
     def rows(self) -> int:
         """See the class."""
         return len(self)
+
+    @cached_property
+    def identities(self) -> list[tuple[int, int]]:
+        """The task and the example id of each row, known without asking the device."""
+        return list(zip(self.task_ids.tolist(), self.example_ids.tolist(), strict=True))
 
     @cached_property
     def num_targets(self) -> int:
@@ -131,7 +142,7 @@ def concatenate(batches: Sequence[Batch], pad_token_id: int) -> Batch:
         batch.target_width + width - batch.labels.shape[-1] if batch.target_width else 0
         for batch in batches
     )
-    return Batch(
+    together = Batch(
         {
             name: _stack(
                 [batch.inputs[name] for batch in batches],
@@ -145,7 +156,9 @@ def concatenate(batches: Sequence[Batch], pad_token_id: int) -> Batch:
         _filled([batch.weights for batch in batches], batches),
         _filled([batch.candidates for batch in batches], batches),
         _parts(batches),
-    ).counted(
+    )
+    vars(together)["identities"] = [pair for batch in batches for pair in batch.identities]
+    return together.counted(
         sum(batch.num_targets for batch in batches),
         target_width,
         sum(batch.rows for batch in batches),
@@ -156,6 +169,7 @@ def set_aside(batch: Batch, name: str) -> Batch:
     """A batch whose rows are all one part: a term of this name takes the place of their loss."""
     part = Part(slice(0, len(batch)), batch.num_targets)
     aside = replace(batch, parts={name: part})
+    vars(aside)["identities"] = batch.identities
     return aside.counted(0, batch.target_width, batch.rows)
 
 

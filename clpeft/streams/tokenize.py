@@ -284,6 +284,13 @@ class Encoder:
             "prompt_length": [len(prompt) for prompt in prompts],
         }
 
+    def bare(self, task: Task) -> list[int]:
+        """The tokens of a task's input without its texts: what all its inputs have in common."""
+        if self.task_type != "sequence_classification":
+            return self.prompt_tokens([self.stream.prompt(task).fill("", "")])[0]
+        parts = 2 if "text_pair" in task.train.column_names else 1
+        return self._classifier(task, [[""] * parts])["input_ids"][0]
+
     def _classifier(self, task: Task, texts: list[list[str]]) -> dict[str, list[Any]]:
         prefix = classifier_prefix(task.name if self.stream.config.names_task else None)
         pairs = [row[1] for row in texts] if len(texts[0]) == 2 else None

@@ -17,10 +17,11 @@ import pytest
 import torch
 
 from clpeft.evaluation.evaluator import Evaluator
+from clpeft.registry import STRATEGIES
 from clpeft.strategies.base import Strategy
 from clpeft.training.loop import Loop
 from tests.running import Outcome, compose_only, run_it, same_bits
-from tests.settings import STRATEGY_SETTINGS
+from tests.settings import STRATEGY_SETTINGS, TASK_TYPES, side_by_side
 
 NAMES = sorted(STRATEGY_SETTINGS)
 EVERY = "training.checkpoint.every_steps=3"
@@ -81,13 +82,15 @@ def killed_at(overrides: list[str], directory: Path, step: int) -> None:
 
 
 def total_steps(name: str, tasks: int) -> int:
-    """Optimizer steps of so many tasks of 32 examples, two epochs in batches of 8."""
-    return {"cumulative": 4 * tasks * (tasks + 1), "joint": 8 * tasks if tasks == 3 else 0}.get(
-        name, 8 * tasks
-    )
+    """Optimizer steps of so many tasks."""
+    each = zip(*(STRATEGY_SETTINGS[part].steps for part in side_by_side(name)), strict=True)
+    return sum(list(map(max, each))[:tasks])
 
 
-@pytest.mark.parametrize("name", [*NAMES, "ewc+replay", "olora+replay"])
+TOGETHER = ("ewc+replay", "olora+replay", "quality_control+generative_replay")
+
+
+@pytest.mark.parametrize("name", [*NAMES, *TOGETHER])
 def test_killed_in_every_task_it_ends_in_the_same_bits(
     finished: Finished, tiny: Overrides, tmp_path: Path, name: str
 ) -> None:
@@ -110,10 +113,15 @@ def test_killed_in_every_task_it_ends_in_the_same_bits(
     same_run(resumed, whole)
 
 
-@pytest.mark.parametrize(
-    "model", [pytest.param(m, marks=pytest.mark.slow) for m in ("tiny_bert", "tiny_t5")]
-)
-@pytest.mark.parametrize("name", NAMES)
+OTHER_MODELS = [
+    pytest.param(name, model, marks=pytest.mark.slow)
+    for model in ("tiny_bert", "tiny_t5")
+    for name in NAMES
+    if TASK_TYPES[model] in STRATEGIES[name].target.task_types
+]
+
+
+@pytest.mark.parametrize(("name", "model"), OTHER_MODELS)
 def test_killed_with_another_kind_of_model(
     finished: Finished, tiny: Overrides, tmp_path: Path, name: str, model: str
 ) -> None:

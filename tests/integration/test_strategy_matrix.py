@@ -27,11 +27,17 @@ from clpeft.strategies.memory import Memory
 from clpeft.streams import batching
 from clpeft.training.run import Run
 from tests.running import Outcome, compose_only, run_it, same_bits
-from tests.settings import STRATEGY_SETTINGS
+from tests.settings import STRATEGY_SETTINGS, TASK_TYPES, side_by_side
 
 NAMES = sorted(STRATEGY_SETTINGS)
 CHANGED_BY = [name for name in NAMES if STRATEGY_SETTINGS[name].trace]
 COMBINABLE = [name for name in NAMES if not STRATEGIES[name].target.is_reference]
+
+
+def works_with(name: str, model: str) -> bool:
+    """Whether a strategy is for models of this kind."""
+    return TASK_TYPES[model] in STRATEGIES[name].target.task_types
+
 
 Overrides = Callable[..., list[str]]
 Finished = Callable[..., Outcome]
@@ -75,7 +81,8 @@ def test_every_method_has_a_trace() -> None:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "finetune"])
 def test_weights_differ_from_finetune(finished: Finished, name: str) -> None:
-    outcome, plain = finished(name), finished("finetune")
+    # one that has nothing to do alone must change what the other does
+    outcome, plain = finished(name), finished(STRATEGY_SETTINGS[name].beside or "finetune")
 
     assert outcome.trainable.keys() == plain.trainable.keys()
     assert all(
@@ -169,11 +176,13 @@ def test_state_after_the_first_task(finished: Finished, name: str) -> None:
         assert state == {}
 
 
-RESUMED = [(name, "tiny_llama") for name in [*NAMES, "ewc+replay", "olora+replay"]]
+TOGETHER = ["ewc+replay", "olora+replay", "quality_control+generative_replay"]
+RESUMED = [(name, "tiny_llama") for name in [*NAMES, *TOGETHER]]
 RESUMED += [
     pytest.param(name, model, marks=pytest.mark.slow)
     for model in ("tiny_bert", "tiny_t5")
     for name in NAMES
+    if works_with(name, model)
 ]
 
 
@@ -276,7 +285,7 @@ def test_adapter_on_disk_is_the_model_that_was_trained(
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "replay"])
+@pytest.mark.parametrize("name", [name for name in NAMES if "replay" not in side_by_side(name)])
 def test_combined_with_replay(
     finished: Finished, tiny: Overrides, tmp_path: Path, name: str
 ) -> None:
@@ -438,6 +447,7 @@ CELLS = [
     for model in ("tiny_llama", "tiny_bert", "tiny_t5")
     for scenario in SCENARIOS
     for name in NAMES
+    if works_with(name, model)
 ]
 # every model, scenario and strategy at least once
 QUICK = {
@@ -465,7 +475,7 @@ def test_every_task_type_and_scenario(
     outcome = finished(name, *short, model=model)
     results = outcome.results
 
-    assert (results["scenario"], results["strategies"]) == (scenario, [name])
+    assert (results["scenario"], results["strategies"]) == (scenario, side_by_side(name))
     assert results["task_type"] == outcome.run.config.model.task_type
     for trained, row in enumerate(results["matrix"]):
         if name == "joint" and trained == 1:
@@ -480,7 +490,7 @@ def test_every_task_type_and_scenario(
         for parameter, value in outcome.trainable.items()
     )
     if name != "finetune":
-        plain = finished("finetune", *short, model=model)
+        plain = finished(STRATEGY_SETTINGS[name].beside or "finetune", *short, model=model)
         assert not same_bits(outcome.trainable, plain.trainable)
 
 

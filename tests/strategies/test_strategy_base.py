@@ -26,7 +26,7 @@ CONTRACT = {
     "load_state_dict",
     "check",
     "save_adapter",
-    "admit",
+    "objections",
     "facts",
 }
 
