@@ -60,7 +60,7 @@ STRATEGY_SETTINGS: dict[str, Setting] = {
     "joint": Setting(keeps_state=False, steps=(0, 0, 24)),
     "olora": Setting(("strategies.olora.lambda1=0.5",), trace="train/loss/orthogonality"),
     "quality_control": Setting(
-        ("strategies.quality_control.near_duplicates=0.3", "strategies.quality_control.ngram=2"),
+        ("strategies.quality_control.near_duplicates=0.5", "strategies.quality_control.ngram=2"),
         trace="train/quality/dropped",
         beside="replay",
     ),
@@ -72,10 +72,10 @@ STRATEGY_SETTINGS: dict[str, Setting] = {
 
 
 def side_by_side(strategy: str) -> list[str]:
-    """The names in `one+other`, and of those that they cannot run without."""
+    """The names in `one+other`; and of one alone, that of the one it could not run without."""
     names = strategy.split("+")
-    partners = [STRATEGY_SETTINGS[name].beside for name in names]
-    return list(dict.fromkeys([*names, *(name for name in partners if name is not None)]))
+    partner = STRATEGY_SETTINGS[names[0]].beside if len(names) == 1 else None
+    return names if partner is None else [*names, partner]
 
 
 # Everything small: a run takes about a second once its base model is built. Weight decay is on, so

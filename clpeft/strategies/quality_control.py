@@ -137,10 +137,9 @@ class QualityControl(Strategy):
 
     def transform_gradients(self, run: Run) -> Mapping[str, float | Tensor]:
         """Changes none; logs how many examples were dropped so far, and why."""
-        counts = {name: count for name, count in self._counts().items() if name in self._used()}
-        return {f"quality/{name}": count for name, count in counts.items()} | {
-            "quality/dropped": int(self._dropped.sum())
-        }
+        counts = self._counts()
+        dropped = sum(counts.values())
+        return {f"quality/{name}": count for name, count in {**counts, "dropped": dropped}.items()}
 
     def facts(self) -> Mapping[str, float]:
         return {"shown": self._shown, **self._counts()}
@@ -158,7 +157,10 @@ class QualityControl(Strategy):
         return [reason for reason, key in REASONS.items() if settings[key] not in (None, False)]
 
     def _counts(self) -> dict[str, int]:
-        return dict(zip(REASONS, self._dropped.tolist(), strict=True))
+        """Examples dropped so far, by the reasons whose filters are on."""
+        used = self._used()
+        counts = zip(REASONS, self._dropped.tolist(), strict=True)
+        return {reason: count for reason, count in counts if reason in used}
 
     def _count(self, task: EncodedTask, shown: int, found: Mapping[int, str], source: str) -> None:
         counts = Counter(found.values())
