@@ -34,7 +34,7 @@ RESULTS_SCHEMA = 1  # of results.json; raised when a reader of old files would b
 # what a run writes, Hydra's own files among them
 LEFT_BY_A_RUN = (
     *("config.yaml", "status.json", "results.json", "history.jsonl", "run.log", "slurm.log"),
-    *("checkpoints", "adapters", "wandb", "tensorboard", ".hydra"),
+    *("checkpoints", "adapters", "generated", "wandb", "tensorboard", ".hydra"),
 )
 LOCK = ".lock"
 KILLED = "killed"  # what becomes of a run without a word in its status.json

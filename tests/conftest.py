@@ -66,10 +66,18 @@ def tiny(cache_dir: Path, bases: Callable[[str], Path]) -> Callable[..., list[st
     `like` names strategies that it is to be compared with: it is run on a model and in a scenario
     that all of them work with.
     """
-    from tests.settings import SCENARIOS, TINY, base_of, models_of, overrides_of, scenarios_of
+    from tests.settings import (
+        SCENARIOS,
+        TINY,
+        base_of,
+        models_of,
+        overrides_of,
+        scenarios_of,
+        side_by_side,
+    )
 
     def overrides(strategy: str, *more: str, model: str | None = None, like: str = "") -> list[str]:
-        names = strategy.split("+")
+        names = side_by_side(strategy)
         all_names = [*names, *filter(None, like.split("+"))]
         model = model or models_of(*all_names)[0]
         scenario = scenarios_of(*all_names)[0]

@@ -140,6 +140,14 @@ def run_it(
     return Outcome(directory, kept["run"], kept["before"])
 
 
+def build_it(overrides: Sequence[str], directory: Path) -> Run:
+    """A run as it stands before its first task."""
+    run = experiment.build_run(settle(compose_only(overrides)), directory)
+    for strategy in run.strategies:
+        strategy.setup(run)
+    return run
+
+
 def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     """Whether two sets of named tensors are equal, bit by bit."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

@@ -22,6 +22,10 @@ class Setting:
     draws: int = 1  # how often a micro-batch is drawn for from its memory
     # where it works; in the first of them it is run, unless a test asks for another
     scenarios: tuple[str, ...] = ("domain", "class", "task")
+    # the strategy that it is run with wherever it could not run alone
+    beside: str | None = None
+    # optimizer steps of each task of a tiny run
+    steps: tuple[int, int, int] = (8, 8, 8)
 
 
 STRATEGY_SETTINGS: dict[str, Setting] = {
@@ -30,7 +34,7 @@ STRATEGY_SETTINGS: dict[str, Setting] = {
         trace="train/gradient/agem_projected",
         beside_replay="train/gradient/agem_cosine",
     ),
-    "cumulative": Setting(keeps_state=False),
+    "cumulative": Setting(keeps_state=False, steps=(8, 16, 24)),
     "der": Setting(
         ("strategies.der.memory_size=24", "strategies.der.ratio=0.45"),
         trace="train/loss/der",
@@ -74,7 +78,16 @@ STRATEGY_SETTINGS: dict[str, Setting] = {
     # as many examples as a task has: its steps are then those of the others
     "gdumb": Setting(("strategies.gdumb.memory_size=32",), trace="train/gdumb/earlier_examples"),
     "independent": Setting(),
-    "joint": Setting(keeps_state=False),
+    "generative_replay": Setting(
+        (
+            "strategies.generative_replay.replay_ratio=0.25",
+            "strategies.generative_replay.max_attempts=60",
+        ),
+        trace="train/generative_replay/examples",
+        keeps_state=False,
+        steps=(8, 10, 10),  # eight examples more: a batch in each epoch
+    ),
+    "joint": Setting(keeps_state=False, steps=(0, 0, 24)),
     "olora": Setting(("strategies.olora.lambda1=0.5",), trace="train/loss/orthogonality"),
     "prioritized_replay": Setting(
         (
@@ -82,6 +95,11 @@ STRATEGY_SETTINGS: dict[str, Setting] = {
             "strategies.prioritized_replay.ratio=0.45",
         ),
         trace="train/prioritized_replay/examples",
+    ),
+    "quality_control": Setting(
+        ("strategies.quality_control.near_duplicates=0.5", "strategies.quality_control.ngram=2"),
+        trace="train/quality/dropped",
+        beside="replay",
     ),
     "replay": Setting(
         ("strategies.replay.memory_size=24", "strategies.replay.ratio=0.45"),
@@ -109,6 +127,13 @@ def overrides_of(name: str) -> list[str]:
     base = base_of(name)
     more = [f"strategies.{base}.{option}" for option in VARIANTS.get(name, ())]
     return [*STRATEGY_SETTINGS[base].overrides, *more]
+
+
+def side_by_side(strategy: str) -> list[str]:
+    """The names in `one+other`; and of one alone, that of the one it could not run without."""
+    names = strategy.split("+")
+    partner = STRATEGY_SETTINGS[base_of(names[0])].beside if len(names) == 1 else None
+    return names if partner is None else [*names, partner]
 
 
 # Everything small: a run takes about a second once its base model is built. Weight decay is on, so
@@ -163,6 +188,11 @@ _WARMUP = (
     "model.warmup.lr=1e-2",
     "model.warmup.vocabulary=600",
 )
+TASK_TYPES = {
+    "tiny_llama": "causal_lm",
+    "tiny_bert": "sequence_classification",
+    "tiny_t5": "seq2seq_lm",
+}
 TINY_MODELS = {
     "tiny_llama": (
         "model=tiny_llama",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,17 +169,23 @@ def check_positions(model: torch.nn.Module, longest: int) -> None:
     Raises:
         ConfigError: If it has too few.
     """
+    limit = positions(model)
+    if longest > limit:
+        raise ConfigError(
+            f"The longest example has {longest} tokens, but the model knows {limit} positions; "
+            f"set stream.max_length={limit} or less."
+        )
+
+
+def positions(model: torch.nn.Module) -> float:
+    """How many tokens a model has a learned position for; without limit where it learns none."""
+    limit = math.inf
     for path, module in model.named_modules():
-        if not isinstance(module, torch.nn.Embedding) or path.split(".")[-1] not in POSITIONS:
-            continue
-        # RoBERTa begins to count behind the padding's id
-        offset = 0 if module.padding_idx is None else module.padding_idx + 1
-        limit = module.num_embeddings - offset
-        if longest > limit:
-            raise ConfigError(
-                f"The longest example has {longest} tokens, but the model knows {limit} positions; "
-                f"set stream.max_length={limit} or less."
-            )
+        if isinstance(module, torch.nn.Embedding) and path.split(".")[-1] in POSITIONS:
+            # RoBERTa begins to count behind the padding's id
+            offset = 0 if module.padding_idx is None else module.padding_idx + 1
+            limit = min(limit, module.num_embeddings - offset)
+    return limit
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:

@@ -68,6 +68,8 @@ class Strategy:
     # By what it shows that it does something, looked at after every run and by `clpeft doctor`:
     # a logged key without `train/` -> its kind, as in {"loss/ewc": Evidence.PENALTY}.
     evidence: ClassVar[Mapping[str, Evidence]] = {}
+    # keeps examples of earlier tasks or generates them, and lets others object to each
+    rehearses: ClassVar[bool] = False
     # Strategies it cannot be combined with: name -> the reason, as the end of a sentence.
     conflicts: ClassVar[dict[str, str]] = {}
 
@@ -114,16 +116,25 @@ class Strategy:
         """
         return examples
 
-    def admit(self, run: Run, task: EncodedTask, examples: Dataset, source: str) -> Dataset:
-        """Which examples may enter a memory or, generated ones, training; chained.
+    def objections(
+        self, run: Run, task: EncodedTask, examples: Dataset, beside: Dataset | None, source: str
+    ) -> Mapping[int, str]:
+        """Which examples may not enter a memory or, generated ones, training.
+
+        Each strategy is asked about those that none before it has objected to.
 
         Args:
             run: The run.
             task: Whose examples they are.
-            examples: Those that another strategy is about to keep or to train on.
+            examples: Those that another strategy is about to keep or to train on; the ids of
+                generated ones are less than 0.
+            beside: Examples of the task that it has already, if any.
             source: That strategy's name.
+
+        Returns:
+            The reason, in a word, by the row of each that may not.
         """
-        return examples
+        return {}
 
     def transform_batch(self, run: Run, batch: Batch) -> Batch:
         """Changes a micro-batch before it is trained on; chained over strategies."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from clpeft.strategies import readings
+from clpeft.strategies.arrow import from_bytes, to_bytes
 from clpeft.strategies.selection import best_of_each, herding, reservoir
 from clpeft.streams.batch import Batch
 from clpeft.streams.batching import Columns
@@ -100,6 +101,8 @@ class Memory:
         """
         from datasets import concatenate_datasets
 
+        if not len(examples):
+            return torch.zeros(0, dtype=torch.int64)
         held = len(self)
         keys = torch.cat([self._keys, self._keys_of(run, examples)])
         everything = examples
@@ -147,7 +150,7 @@ class Memory:
     def state_dict(self) -> dict[str, Any]:
         """The examples as an Arrow stream, their notes, what was seen, and the random state."""
         return {
-            "arrow": None if self._examples is None else _to_arrow(self._examples),
+            "arrow": None if self._examples is None else to_bytes(self._examples.data.table),
             "seen": self.seen,
             "generator": self.generator.get_state(),
             "notes": dict(self.notes),
@@ -157,13 +160,15 @@ class Memory:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave."""
+        from datasets import Dataset
+
         self.seen = state["seen"]
         self.generator.set_state(state["generator"])
         self.notes = {name: note.clone() for name, note in state["notes"].items()}
         self._keys = state["keys"]
         self._bars = {int(group): bar for group, bar in state["bars"].items()}
         if state["arrow"] is not None:
-            self._keep(_from_arrow(state["arrow"]))
+            self._keep(Dataset(from_bytes(state["arrow"])))
 
     def _chosen(self, everything: Dataset, held: int, keys: Tensor) -> list[int]:
         """Which rows stay, of those held and those that arrive after them."""
@@ -202,22 +207,3 @@ class Memory:
     def _keep(self, examples: Dataset) -> None:
         self._examples = examples.flatten_indices(keep_in_memory=True)
         self._columns = Columns(self._examples)
-
-
-def _to_arrow(examples: Dataset) -> Tensor:
-    import pyarrow as pa
-
-    # without what datasets notes of how the table came about, which says nothing of the examples
-    table = examples.data.table.combine_chunks().replace_schema_metadata(None)
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return torch.frombuffer(bytearray(sink.getvalue().to_pybytes()), dtype=torch.uint8)
-
-
-def _from_arrow(stream: Tensor) -> Dataset:
-    import pyarrow as pa
-    from datasets import Dataset
-
-    table = pa.ipc.open_stream(stream.numpy().tobytes()).read_all()
-    return Dataset(table)

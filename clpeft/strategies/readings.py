@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from clpeft.models.objective import IGNORED
+from clpeft.evaluation.scoring import causal_scorer, seq2seq_scorer
+from clpeft.models.objective import IGNORED, CausalObjective, Seq2SeqObjective
 from clpeft.strategies.selection import entropy
 from clpeft.streams.batching import Columns, sorted_batches
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from clpeft.streams.batch import Batch
+    from clpeft.streams.tokenize import EncodedTask
     from clpeft.training.run import Run
 
 
@@ -86,6 +88,66 @@ def losses(run: Run, dataset: Dataset) -> Tensor:
 def _stacked(rows: list[Tensor]) -> Tensor:
     """Rows as one tensor; of none an empty one, as where no example was admitted."""
     return torch.stack(rows) if rows else torch.zeros(0)
+
+
+def answer_probabilities(run: Run, task: EncodedTask, dataset: Dataset) -> tuple[Tensor, Tensor]:
+    """How likely the model holds each answer to an example of a classification task.
+
+    Args:
+        run: Whose model is asked.
+        task: The task, one with labels.
+        dataset: Encoded examples of it.
+
+    Returns:
+        The probability of each answer that competes, [N, C] in float32, adding up to 1; and which
+        of them is the example's own, [N] int64.
+    """
+    stream = run.stream.stream
+    given = stream.scenario == "task"
+    candidates = stream.candidates(task.index, run.tasks_seen, given)
+    if run.config.model.task_type == "sequence_classification":
+        scores = _head_scores(run, candidates)
+        place = {label: index for index, label in enumerate(candidates)}
+    else:
+        # labels of different tasks may share an answer, which is then one candidate
+        answers = list(dict.fromkeys(run.stream.answers[label] for label in candidates))
+        scores = _answer_scores(run, answers)
+        place = {label: answers.index(run.stream.answers[label]) for label in candidates}
+    found = torch.stack(read(run, dataset, lambda batch: scores(batch).float().softmax(dim=1)))
+    return found, torch.tensor([place[label] for label in dataset["label"]])
+
+
+def _head_scores(run: Run, candidates: Sequence[int]) -> Callable[[Batch], Tensor]:
+    """The logits of the labels that compete, [B, C]."""
+    chosen = torch.tensor(candidates, device=run.device)
+    return lambda batch: run.model(**batch.inputs).logits[:, chosen]
+
+
+def _answer_scores(run: Run, answers: Sequence[Sequence[int]]) -> Callable[[Batch], Tensor]:
+    """The log-likelihoods of the answers that compete, [B, C]."""
+    if isinstance(run.objective, Seq2SeqObjective):
+        scorer = seq2seq_scorer(run.model, run.tokenizer, run.objective.start)
+    else:
+        scorer = causal_scorer(run.model, run.tokenizer)
+
+    def scores(batch: Batch) -> Tensor:
+        asked = batch.inputs["attention_mask"].bool()
+        if isinstance(run.objective, CausalObjective):
+            asked = asked & (batch.labels == IGNORED)
+        rows = zip(batch.inputs["input_ids"], asked, strict=True)
+        return scorer([ids[own].tolist() for ids, own in rows], answers)
+
+    return scores
+
+
+def num_targets(dataset: Dataset) -> Tensor:
+    """What each example's loss is a sum over: 1 for a head, or its answer's tokens: [N]."""
+    columns = Columns(dataset)
+    if "prompt_length" in columns.numbers:
+        return torch.from_numpy(columns.lengths - columns.numbers["prompt_length"])
+    if "labels" in columns.ragged:
+        return torch.from_numpy(columns.ragged["labels"].lengths)
+    return torch.ones(len(columns))
 
 
 def classes(dataset: Dataset) -> np.ndarray:

@@ -31,6 +31,7 @@ class Rehearsal(Strategy):
 
     config: RehearsalConfig
     supports_multi_process = True
+    rehearses = True
     name: ClassVar[str]  # the strategy's; the memory draws its own numbers by it
 
     def setup(self, run: Run) -> None:

@@ -13,6 +13,9 @@ from torch import Tensor
 # What a loss leaves out; every Hugging Face model knows this number.
 IGNORED = -100
 
+# The example id of a row without targets, there only for its process to keep pace with others.
+NO_EXAMPLE = -(2**63)
+
 
 @dataclass(frozen=True)
 class Part:
@@ -45,7 +48,8 @@ class Batch:
             `input_ids`, -100 at prompt and padding. Sequence to sequence: [B, La], -100 at
             padding.
         task_ids: [B] int64, the task each example comes from.
-        example_ids: [B] int64, the example's row in its task's full split.
+        example_ids: [B] int64, the example's row in its task's full split; less than 0 for those
+            that a model wrote.
         weights: [B] float32, what each example's loss counts in the task loss, or in the term of
             the part that it is in; None: 1 each. A mean is taken over all targets alike.
         candidates: [B, labels] bool, which of the labels that the scenario lets compete do so for
@@ -74,6 +78,7 @@ class Batch:
         def moved(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=non_blocking)
 
+        identities = self.identities
         batch = Batch(
             {name: moved(x) for name, x in self.inputs.items()},
             moved(self.labels),
@@ -86,12 +91,14 @@ class Batch:
                 for name, part in self.parts.items()
             },
         )
+        vars(batch)["identities"] = identities
         return batch.counted(self.num_targets, self.target_width, self.rows)
 
     def altered(self, **changes: Any) -> Batch:
         """The batch with other weights or candidates, say; what was counted stays counted."""
-        counts = self.num_targets, self.target_width, self.rows
-        return replace(self, **changes).counted(*counts)
+        changed = replace(self, **changes)
+        vars(changed)["identities"] = self.identities
+        return changed.counted(self.num_targets, self.target_width, self.rows)
 
     def counted(self, num_targets: int, target_width: int, rows: int) -> Batch:
         """Sets what is known of the batch and need not be counted again; returns it."""
@@ -102,6 +109,11 @@ class Batch:
     def rows(self) -> int:
         """See the class."""
         return len(self)
+
+    @cached_property
+    def identities(self) -> list[tuple[int, int]]:
+        """The task and the example id of each row, known without asking the device."""
+        return list(zip(self.task_ids.tolist(), self.example_ids.tolist(), strict=True))
 
     @cached_property
     def num_targets(self) -> int:
@@ -147,7 +159,7 @@ def concatenate(batches: Sequence[Batch], pad_token_id: int) -> Batch:
         batch.target_width + width - batch.labels.shape[-1] if batch.target_width else 0
         for batch in batches
     )
-    return Batch(
+    together = Batch(
         {
             name: _stack(
                 [batch.inputs[name] for batch in batches],
@@ -161,7 +173,9 @@ def concatenate(batches: Sequence[Batch], pad_token_id: int) -> Batch:
         _filled([batch.weights for batch in batches], batches),
         _filled([batch.candidates for batch in batches], batches),
         _parts(batches),
-    ).counted(
+    )
+    vars(together)["identities"] = [pair for batch in batches for pair in batch.identities]
+    return together.counted(
         sum(batch.num_targets for batch in batches),
         target_width,
         sum(batch.rows for batch in batches),

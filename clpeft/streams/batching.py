@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from clpeft.streams.batch import IGNORED, Batch
+from clpeft.streams.batch import IGNORED, NO_EXAMPLE, Batch
 
 if TYPE_CHECKING:
     import datasets
@@ -156,8 +156,8 @@ def share(
 ) -> Batch:
     """One process's share of a batch: every `world_size`-th of its rows.
 
-    A process that none is left for gets the first row without its targets: it has to run the model
-    as the others do, and adds nothing to the loss.
+    A process that none is left for gets the first row without its targets and its example id: it
+    has to run the model as the others do, and adds nothing to the loss.
 
     Args:
         collator: Makes a batch of rows.
@@ -171,6 +171,7 @@ def share(
     if len(indices) <= rank:
         targets, width = 0, 0
         batch.labels.fill_(IGNORED)
+        batch.example_ids.fill_(NO_EXAMPLE)
     return batch.counted(targets, width, len(indices))
 
 

@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ import numpy as np
 from clpeft.config import ConfigError
 from clpeft.streams.base import SPLITS, Stream, Task
 from clpeft.streams.batching import Columns
-from clpeft.streams.prompts import ANSWER, PROMPT_VERSION, PromptForm, classifier_prefix
+from clpeft.streams.prompts import ANSWER, PROMPT_VERSION, classifier_prefix
 
 if TYPE_CHECKING:
     import datasets
@@ -111,7 +111,7 @@ def encode_stream(
     if not _is_whole(directory, stream):
         if directory.exists():
             logger.warning("The encoded stream in %s is damaged; encoding it again.", directory)
-        encoder = _Encoder(stream, tokenizer, task_type, answers)
+        encoder = Encoder(stream, tokenizer, task_type, answers)
         _write_aside(directory, encoder)
     encoded = []
     for task in stream.tasks:
@@ -205,8 +205,15 @@ class _Rows:
     reserved: list[int]  # tokens kept free for the answer
 
 
-class _Encoder:
-    """Encodes the splits of one stream for one tokenizer and type of model."""
+class Encoder:
+    """Encodes examples of one stream for one tokenizer and type of model.
+
+    Args:
+        stream: Whose prompts and length they get.
+        tokenizer: The model's.
+        task_type: sequence_classification, causal_lm or seq2seq_lm.
+        answers: The token ids of each global label's answer, as `EncodedStream` has them.
+    """
 
     def __init__(
         self,
@@ -222,40 +229,42 @@ class _Encoder:
         self.max_length = stream.config.max_length
         self.opening = _opening_tokens(tokenizer) if task_type == "causal_lm" else []
 
-    def encode(self, task: Task, split: str) -> pyarrow.Table:
-        """One split as a table of the columns that batches are made of."""
+    def encode(self, task: Task, rows: pyarrow.Table, where: str = "train") -> pyarrow.Table:
+        """Examples of a task as a table of the columns that batches are made of.
+
+        Args:
+            task: Whose they are.
+            rows: With the columns that a classification or generation task's splits have.
+            where: What messages call them.
+
+        Raises:
+            ConfigError: If a prompt without its input does not fit into `stream.max_length`.
+        """
         import pyarrow
 
-        table = task.split(split).with_format("arrow")[:]
-        ids = self.stream.global_labels(task.index)
-        rows = len(table)
+        count = len(rows)
         if task.labels:
-            labels = np.asarray(ids, dtype=np.int64)[table["label"].to_numpy()]
+            ids = self.stream.global_labels(task.index)
+            labels = np.asarray(ids, dtype=np.int64)[rows["label"].to_numpy()]
         else:
-            labels = np.full(rows, -1, dtype=np.int64)
+            labels = np.full(count, -1, dtype=np.int64)
         parts = [
-            self._portion(task, split, table.slice(start, ROWS_AT_ONCE), labels[start:])
-            for start in range(0, rows, ROWS_AT_ONCE)
+            self._portion(task, where, rows.slice(start, ROWS_AT_ONCE), labels[start:])
+            for start in range(0, count, ROWS_AT_ONCE)
         ]
         columns = {
             name: pyarrow.array([row for part in parts for row in part[name]], _arrow_type(name))
             for name in parts[0]
         }
         columns["label"] = pyarrow.array(labels)
-        columns["task_id"] = pyarrow.array(np.full(rows, task.index, dtype=np.int64))
-        columns["example_id"] = pyarrow.array(table["example_id"].to_numpy())
+        columns["task_id"] = pyarrow.array(np.full(count, task.index, dtype=np.int64))
+        columns["example_id"] = pyarrow.array(rows["example_id"].to_numpy())
         return pyarrow.table(columns)
 
     def _portion(
-        self, task: Task, split: str, table: pyarrow.Table, labels: np.ndarray
+        self, task: Task, where: str, table: pyarrow.Table, labels: np.ndarray
     ) -> dict[str, list[Any]]:
-        first = table["text" if task.labels else "input"].to_pylist()
-        texts = [[text] for text in first]
-        if "text_pair" in table.column_names:
-            texts = [
-                [text, pair]
-                for text, pair in zip(first, table["text_pair"].to_pylist(), strict=True)
-            ]
+        texts = input_texts(task, table)
         if self.task_type == "sequence_classification":
             return self._classifier(task, texts)
         if task.labels:
@@ -267,13 +276,20 @@ class _Encoder:
             written = answer_tokens(self.tokenizer, table["output"].to_pylist())
             answers = [[*tokens, self.tokenizer.eos_token_id] for tokens in written]
             reserved = [len(answer) for answer in answers]
-        prompts = self._prompts(task, split, _Rows(texts, answers, reserved))
+        prompts = self._prompts(task, where, _Rows(texts, answers, reserved))
         if self.task_type == "seq2seq_lm":
             return {"input_ids": prompts, "labels": answers}
         return {
             "input_ids": [p + answer for p, answer in zip(prompts, answers, strict=True)],
             "prompt_length": [len(prompt) for prompt in prompts],
         }
+
+    def bare(self, task: Task) -> list[int]:
+        """The tokens of a task's input without its texts: what all its inputs have in common."""
+        if self.task_type != "sequence_classification":
+            return self.prompt_tokens([self.stream.prompt(task).fill("", "")])[0]
+        parts = 2 if "text_pair" in task.train.column_names else 1
+        return self._classifier(task, [[""] * parts])["input_ids"][0]
 
     def _classifier(self, task: Task, texts: list[list[str]]) -> dict[str, list[Any]]:
         prefix = classifier_prefix(task.name if self.stream.config.names_task else None)
@@ -290,35 +306,63 @@ class _Encoder:
             names.append("token_type_ids")
         return {name: encoded[name] for name in names}
 
-    def _prompts(self, task: Task, split: str, rows: _Rows) -> list[list[int]]:
+    def _prompts(self, task: Task, where: str, rows: _Rows) -> list[list[int]]:
         """The prompts' tokens, inputs cut where prompt and answer would not fit."""
         form = self.stream.prompt(task)
-        texts = [list(row) for row in rows.texts]
-        prompts = self._tokens([form.fill(*row) for row in texts])
-        long = [
-            row
-            for row, prompt in enumerate(prompts)
-            if len(prompt) + rows.reserved[row] > self.max_length
-        ]
-        while long:
-            for row in long:
-                if not any(texts[row]):
-                    raise self._does_not_fit(task, split, form, len(prompts[row]), rows, row)
-            excess = [len(prompts[row]) + rows.reserved[row] - self.max_length for row in long]
-            shorter = self._cut([texts[row] for row in long], excess)
-            for row, cut in zip(long, shorter, strict=True):
-                texts[row] = cut
-            again = self._tokens([form.fill(*texts[row]) for row in long])
-            for row, prompt in zip(long, again, strict=True):
-                prompts[row] = prompt
-            # what follows a cut may be tokenized into more pieces than before it: look again
-            long = [row for row in long if len(prompts[row]) + rows.reserved[row] > self.max_length]
+        room = [self.max_length - reserved for reserved in rows.reserved]
+        prompts = self.fitted(
+            rows.texts,
+            lambda _, texts: self.prompt_tokens([form.fill(*row) for row in texts]),
+            room,
+        )
+        for row, prompt in enumerate(prompts):
+            if len(prompt) > room[row]:
+                raise self._does_not_fit(task, where, len(prompt), rows.reserved[row], row)
         return prompts
 
-    def _tokens(self, prompts: list[str]) -> list[list[int]]:
+    def fitted(
+        self,
+        texts: Sequence[Sequence[str]],
+        tokens: Callable[[Sequence[int], Sequence[Sequence[str]]], list[list[int]]],
+        room: Sequence[int],
+    ) -> list[list[int]]:
+        """The tokens of rows of texts, which are cut at their ends where there is no room.
+
+        Args:
+            texts: Per row its text and, where there is one, its pair.
+            tokens: Makes the tokens of some rows, given which rows they are and their texts.
+            room: Per row how many tokens there may be.
+
+        Returns:
+            The tokens of each row; more than there is room for only where they are too many even
+            without its texts.
+        """
+        left = [list(row) for row in texts]
+        found = tokens(range(len(left)), left)
+
+        def too_long(rows: Iterable[int]) -> list[int]:
+            return [row for row in rows if len(found[row]) > room[row] and any(left[row])]
+
+        long = too_long(range(len(left)))
+        while long:
+            excess = [len(found[row]) - room[row] for row in long]
+            shorter = self._cut([left[row] for row in long], excess)
+            for row, cut in zip(long, shorter, strict=True):
+                left[row] = cut
+            for row, ids in zip(long, tokens(long, [left[row] for row in long]), strict=True):
+                found[row] = ids
+            # what follows a cut may be tokenized into more pieces than before it: look again
+            long = too_long(long)
+        return found
+
+    def prompt_tokens(self, prompts: Sequence[str]) -> list[list[int]]:
+        """The tokens of prompts as the model reads them, begin-of-sequence and the like included.
+
+        A causal model's have no end, because the answer follows.
+        """
         if self.task_type == "seq2seq_lm":
-            return list(self.tokenizer(prompts, verbose=False)["input_ids"])
-        plain = self.tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
+            return list(self.tokenizer(list(prompts), verbose=False)["input_ids"])
+        plain = self.tokenizer(list(prompts), add_special_tokens=False, verbose=False)["input_ids"]
         return [self.opening + ids for ids in plain]
 
     def _cut(self, rows: list[list[str]], excess: list[int]) -> list[list[str]]:
@@ -339,14 +383,21 @@ class _Encoder:
         return shorter
 
     def _does_not_fit(
-        self, task: Task, split: str, form: PromptForm, fixed: int, rows: _Rows, row: int
+        self, task: Task, where: str, fixed: int, answer: int, row: int
     ) -> ConfigError:
         return ConfigError(
             f"The prompt of task '{task.name}' takes {fixed} tokens without its input and the "
-            f"answer {rows.reserved[row]} ({split} row {row}), which is more than "
-            f"stream.max_length={self.max_length}; set it to more than "
-            f"{fixed + rows.reserved[row]}."
+            f"answer {answer} ({where} row {row}), which is more than "
+            f"stream.max_length={self.max_length}; set it to more than {fixed + answer}."
         )
+
+
+def input_texts(task: Task, rows: pyarrow.Table) -> list[list[str]]:
+    """Per row of a task's table its text and, where the task has pairs, its pair."""
+    first = rows["text" if task.labels else "input"].to_pylist()
+    if "text_pair" not in rows.column_names:
+        return [[text] for text in first]
+    return [[text, pair] for text, pair in zip(first, rows["text_pair"].to_pylist(), strict=True)]
 
 
 def _shares(lengths: list[int], surplus: int) -> list[int]:
@@ -448,7 +499,7 @@ def _is_whole(directory: Path, stream: Stream) -> bool:
         return False
 
 
-def _write_aside(directory: Path, encoder: _Encoder) -> None:
+def _write_aside(directory: Path, encoder: Encoder) -> None:
     """Fills a cache entry so that it is either whole or not there, whoever else writes it too."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
@@ -459,7 +510,8 @@ def _write_aside(directory: Path, encoder: _Encoder) -> None:
         for task in encoder.stream.tasks:
             for split in SPLITS:
                 path = written / _file_name(task, split)
-                _write_table(encoder.encode(task, split), path)
+                rows = task.split(split).with_format("arrow")[:]
+                _write_table(encoder.encode(task, rows, split), path)
                 manifest[path.name] = _digest(path)
         (written / "manifest.json").write_text(json.dumps(manifest))
         try:

@@ -272,17 +272,30 @@ class Run:
         # the loop divides every term by the number of micro-batches
         return total * (self.micro_batches / max(count, 1 / self.world_size))
 
-    def admitted(self, task: EncodedTask, examples: Dataset, source: str) -> Dataset:
-        """The examples of a task that no strategy objects to.
+    def objections(
+        self, task: EncodedTask, examples: Dataset, source: str, beside: Dataset | None = None
+    ) -> dict[int, str]:
+        """Which examples of a task some strategy objects to: the reason by the example's row.
 
         Args:
             task: Whose examples they are.
             examples: Encoded examples that are to enter a memory or, generated, training.
             source: The strategy that asks.
+            beside: Examples of the task that it has already, if any.
         """
-        for strategy in with_hook(self.strategies, "admit"):
-            examples = strategy.admit(self, task, examples, source)
-        return examples
+        found: dict[int, str] = {}
+        for strategy in with_hook(self.strategies, "objections"):
+            left = [row for row in range(len(examples)) if row not in found]
+            against = strategy.objections(self, task, examples.select(left), beside, source)
+            found |= {left[row]: reason for row, reason in against.items()}
+        return found
+
+    def admitted(self, task: EncodedTask, examples: Dataset, source: str) -> Dataset:
+        """The examples of a task that no strategy objects to; see `objections`."""
+        against = self.objections(task, examples, source)
+        if not against:
+            return examples
+        return examples.select([row for row in range(len(examples)) if row not in against])
 
     def mean_loss(self, batch: Batch) -> Tensor:
         """Runs the model; the loss per target, as the loop computes it for one batch.

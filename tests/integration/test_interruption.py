@@ -20,7 +20,7 @@ from clpeft.evaluation.evaluator import Evaluator
 from clpeft.strategies.base import Strategy
 from clpeft.training.loop import Loop
 from tests.running import Outcome, compose_only, run_it, same_bits
-from tests.settings import STRATEGY_SETTINGS, VARIED, models_of
+from tests.settings import STRATEGY_SETTINGS, VARIED, base_of, models_of, side_by_side
 
 NAMES = sorted(STRATEGY_SETTINGS)
 EVERY = "training.checkpoint.every_steps=3"
@@ -81,13 +81,15 @@ def killed_at(overrides: list[str], directory: Path, step: int) -> None:
 
 
 def total_steps(name: str, tasks: int) -> int:
-    """Optimizer steps of so many tasks of 32 examples, two epochs in batches of 8."""
-    return {"cumulative": 4 * tasks * (tasks + 1), "joint": 8 * tasks if tasks == 3 else 0}.get(
-        name, 8 * tasks
-    )
+    """Optimizer steps of so many tasks."""
+    parts = [STRATEGY_SETTINGS[base_of(part)].steps for part in side_by_side(name)]
+    return sum(list(map(max, zip(*parts, strict=True)))[:tasks])
 
 
-@pytest.mark.parametrize("name", [*VARIED, "ewc+replay", "olora+replay"])
+TOGETHER = ("ewc+replay", "olora+replay", "quality_control+generative_replay")
+
+
+@pytest.mark.parametrize("name", [*VARIED, *TOGETHER])
 def test_killed_in_every_task_it_ends_in_the_same_bits(
     finished: Finished, tiny: Overrides, tmp_path: Path, name: str
 ) -> None:

@@ -35,11 +35,18 @@ from tests.settings import (
     VARIED,
     models_of,
     scenarios_of,
+    side_by_side,
 )
 
 NAMES = sorted(STRATEGY_SETTINGS)
 CHANGED_BY = [name for name in NAMES if STRATEGY_SETTINGS[name].trace]
 COMBINABLE = [name for name in NAMES if not STRATEGIES[name].target.is_reference]
+
+
+def works_with(name: str, model: str) -> bool:
+    """Whether a strategy is for models of this kind."""
+    return TASK_TYPES[model] in STRATEGIES[name].target.task_types
+
 
 Overrides = Callable[..., list[str]]
 Finished = Callable[..., Outcome]
@@ -99,7 +106,9 @@ def test_nothing_says_that_it_does_nothing(finished: Finished, name: str) -> Non
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "finetune"])
 def test_weights_differ_from_finetune(finished: Finished, name: str) -> None:
-    outcome, plain = finished(name), finished("finetune", like=name)
+    # one that has nothing to do alone must change what the other does
+    other = STRATEGY_SETTINGS[name].beside or "finetune"
+    outcome, plain = finished(name), finished(other, like=name)
 
     assert outcome.trainable.keys() == plain.trainable.keys()
     assert all(
@@ -193,8 +202,9 @@ def test_state_after_the_first_task(finished: Finished, name: str) -> None:
         assert state == {}
 
 
+TOGETHER = ["ewc+replay", "olora+replay", "quality_control+generative_replay"]
 RESUMED = [(name, models_of(name)[0]) for name in NAMES]
-RESUMED += [(name, "tiny_llama") for name in ("ewc+replay", "olora+replay")]
+RESUMED += [(name, "tiny_llama") for name in TOGETHER]
 RESUMED += [
     pytest.param(name, model, marks=pytest.mark.slow)
     for name in NAMES
@@ -303,7 +313,7 @@ def test_adapter_on_disk_is_the_model_that_was_trained(
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "replay"])
+@pytest.mark.parametrize("name", [name for name in NAMES if "replay" not in side_by_side(name)])
 def test_combined_with_replay(
     finished: Finished, tiny: Overrides, tmp_path: Path, name: str
 ) -> None:
@@ -511,7 +521,7 @@ def test_every_task_type_and_scenario(
     outcome = finished(name, *short, model=model)
     results = outcome.results
 
-    assert (results["scenario"], results["strategies"]) == (scenario, [name])
+    assert (results["scenario"], results["strategies"]) == (scenario, side_by_side(name))
     assert results["task_type"] == outcome.run.config.model.task_type
     for trained, row in enumerate(results["matrix"]):
         if name == "joint" and trained == 1:
@@ -526,7 +536,7 @@ def test_every_task_type_and_scenario(
         for parameter, value in outcome.trainable.items()
     )
     if name != "finetune":
-        plain = finished("finetune", *short, model=model)
+        plain = finished(STRATEGY_SETTINGS[name].beside or "finetune", *short, model=model)
         assert not same_bits(outcome.trainable, plain.trainable)
 
 

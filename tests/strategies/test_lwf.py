@@ -616,7 +616,7 @@ def opened(overrides: list[str], directory: Path) -> Loop:
     for strategy in run.strategies:
         strategy.setup(run)
     for task in run.stream.tasks[:2]:
-        examples = loop._open(task)
+        examples = loop.open_task(task)
         if task.index == 0:
             loop.train_task(task, examples)
             for strategy in run.strategies:

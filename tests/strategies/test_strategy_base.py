@@ -27,7 +27,7 @@ CONTRACT = {
     "load_state_dict",
     "check",
     "save_adapter",
-    "admit",
+    "objections",
     "facts",
 }
 

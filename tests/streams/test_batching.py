@@ -10,13 +10,14 @@ import pyarrow
 import pytest
 import torch
 
-from clpeft.streams.batch import Batch, concatenate, set_aside
+from clpeft.streams.batch import NO_EXAMPLE, Batch, concatenate, set_aside
 from clpeft.streams.batching import (
     WINDOW,
     BatchLoader,
     Collator,
     Columns,
     bucketed_batches,
+    share,
     sorted_batches,
 )
 
@@ -282,17 +283,42 @@ def test_processes_together_see_what_one_sees(world_size: int) -> None:
     columns = Columns(datasets.Dataset(pyarrow.table(table)))
     collator = Collator("sequence_classification", 0)
     alone = BatchLoader(columns, collator, batch_size=8, seed=1, epoch=4)
-    shares = [
+    loaders = [
         BatchLoader(
             columns, collator, batch_size=8, seed=1, epoch=4, rank=rank, world_size=world_size
         )
         for rank in range(world_size)
     ]
-    assert {len(share) for share in shares} == {len(alone)} == {13}
+    assert {len(loader) for loader in loaders} == {len(alone)} == {13}
     for index in range(len(alone)):
         whole = alone.batch(index).example_ids.tolist()
-        for rank, share in enumerate(shares):
-            assert share.batch(index).example_ids.tolist() == whole[rank::world_size]
+        for rank, loader in enumerate(loaders):
+            assert loader.batch(index).example_ids.tolist() == whole[rank::world_size]
+
+
+def test_identities_are_known_without_asking_the_device(
+    encoded: Callable[..., datasets.Dataset],
+) -> None:
+    columns, collator = Columns(encoded("causal_lm")), Collator("causal_lm", 0)
+    # nothing can be read from the meta device
+    one, other = (collator(columns, np.array(rows)).to("meta") for rows in ([2], [0, 3]))
+    aside = set_aside(other, "other")
+
+    assert one.identities == [(1, 42)]
+    assert concatenate([one, aside], 0).identities == [(1, 42), (1, 40), (1, 43)]
+    assert concatenate([one, aside], 0).to("meta").identities == [(1, 42), (1, 40), (1, 43)]
+
+
+def test_row_that_only_keeps_pace_is_no_example(encoded: Callable[..., datasets.Dataset]) -> None:
+    columns, collator = Columns(encoded("causal_lm")), Collator("causal_lm", 0)
+    first, second = (
+        share(collator, columns, np.array([2]), rank=rank, world_size=2) for rank in range(2)
+    )
+
+    assert first.identities == [(1, 42)]
+    assert second.identities == [(1, NO_EXAMPLE)]
+    assert (second.num_targets, second.target_width) == (0, 0)
+    assert concatenate([second, first], 0).identities == [(1, NO_EXAMPLE), (1, 42)]
 
 
 def test_batch_moves_as_a_whole() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -17,6 +18,7 @@ from clpeft.config import ConfigError
 from clpeft.streams.base import Stream
 from clpeft.streams.tokenize import (
     EncodedStream,
+    Encoder,
     _shares,
     answer_tokens,
     encode_stream,
@@ -194,6 +196,45 @@ def test_prompt_names_the_task_where_asked_for(
     stream = size_stream(names_task=True)
     encoded = encode_stream(stream, word_tokenizer(), "causal_lm", cache_dir=str(tmp_path / "c"))
     assert encoded.tasks[0].train[0]["input_ids"][:3] == ids("Task : size")
+
+
+@pytest.mark.parametrize(
+    ("task_type", "template", "expected"),
+    [
+        ("causal_lm", "<s> $A </s>", f"<s> {OPTIONS} Answer :"),
+        ("seq2seq_lm", "$A </s>", f"{OPTIONS} Answer : </s>"),
+        ("sequence_classification", "<s> $A </s>", "<s> </s>"),
+    ],
+)
+def test_bare_prompt_is_what_all_inputs_share(
+    size_stream: Callable[..., Stream],
+    word_tokenizer: Any,
+    ids: Any,
+    task_type: str,
+    template: str,
+    expected: str,
+) -> None:
+    stream = size_stream()
+    encoder = Encoder(stream, word_tokenizer(template), task_type, ((0,), (0,)))
+    assert encoder.bare(stream.tasks[0]) == ids(expected)
+
+
+def test_examples_in_memory_are_encoded_as_the_splits_are(
+    size_stream: Callable[..., Stream], word_tokenizer: Any, tmp_path: Path
+) -> None:
+    stream, tokenizer = size_stream(max_length=10), word_tokenizer()
+    encoded = encode_stream(stream, tokenizer, "causal_lm", cache_dir=str(tmp_path / "c"))
+    encoder = Encoder(stream, tokenizer, "causal_lm", encoded.answers)
+    rows = {"text": ["a big old whale", "a mouse"], "label": [0, 1], "example_id": [-1, -2]}
+    found = encoder.encode(stream.tasks[0], pyarrow.table(rows)).to_pylist()
+    (whale, mouse) = encoded.tasks[0].train[1], encoded.tasks[0].train[0]
+    # seven words of the prompt, two of the answer: one of the input is left
+    assert [len(row["input_ids"]) for row in found] == [10, 10]
+    assert [row | {"example_id": 0} for row in found] == [
+        whale | {"example_id": 0},
+        mouse | {"example_id": 0},
+    ]
+    assert [row["example_id"] for row in found] == [-1, -2]
 
 
 # Cutting. The prompt `Option : large , small <input> Answer :` has 7 fixed tokens, the answer 2.
