@@ -128,4 +128,4 @@ def test_sweep_tries_learning_rates_and_the_strategys_own_settings(name: str) ->
     assert {run.composed.seed for run in planned} == {0, 1}
     assert (len(own) > 1) != STRATEGIES[name].target.is_reference
     assert {run.composed.evaluation.split for run in planned} == {"validation"}
-    assert all(list(run.composed.strategies)[0] == name for run in planned)
+    assert all(next(iter(run.composed.strategies)) == name for run in planned)

@@ -348,7 +348,7 @@ def test_empty_memory_is_told_and_trained_without(
 
     assert same_bits(outcome.after, finished("finetune").after)
     log = (tmp_path / "run.log").read_text()
-    assert log.count("WARNING") == 3
+    assert log.count("may enter replay, 32 too_short") == 3
     assert "0 of 32 examples of 'ashford' may enter replay, 32 too_short" in log
     facts = json.loads((tmp_path / "results.json").read_text())["cost"]["facts"]
     assert facts[-1]["replay"]["memory_examples"] == 0
