@@ -167,6 +167,29 @@ def test_process_that_no_row_is_left_for(
     assert results["cost"]["examples"] == one.results["cost"]["examples"]
 
 
+@pytest.mark.parametrize("teacher", ["cached", "live"])
+def test_distillation_is_divided_by_the_targets_of_all_processes(
+    finished: Finished, tiny: Overrides, tmp_path: Path, teacher: str
+) -> None:
+    """Shares with unequal numbers of answer tokens, of replayed ones, and with no row at all."""
+    odd = (*COMPARABLE, "stream.train_size=33", "training.epochs=1", "stream.scenario=class")
+    odd += (f"strategies.lwf.teacher={teacher}",)
+    one = finished("lwf+replay", *odd)
+    first, second = together(tiny("lwf+replay", *odd), tmp_path)
+
+    for parameter, value in one.after.items():
+        torch.testing.assert_close(first["weights"][parameter], value, rtol=1e-3, atol=1e-5)
+        assert torch.equal(first["weights"][parameter], second["weights"][parameter])
+    lines = (tmp_path / "history.jsonl").read_text().splitlines()
+    steps = [e for e in map(json.loads, lines) if e["event"] == "step" and e["task"] == 1]
+    assert len(steps) == 5
+    for step, other in zip(steps, one.steps(1), strict=True):
+        expected = other["train/loss/lwf"]
+        # sums in another order
+        assert step["train/loss/lwf"] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    assert steps[-1]["train/loss/lwf"] > 1e-3
+
+
 @pytest.mark.parametrize("name", ["olora", "replay"])
 def test_one_process_asked_to_stop_stops_all(tiny: Overrides, tmp_path: Path, name: str) -> None:
     # with dropout, whose masks each process draws by itself
