@@ -110,8 +110,8 @@ class LwF(Strategy):
     its logits are kept in float32 on the device: 4 · K bytes per target. With `live` it runs on
     every micro-batch beside the student.
 
-    Source: Li & Hoiem 2016, Learning without Forgetting, equations 1 to 3, there with λ = 1 and
-        T = 2. They take the mean over examples of a sum over earlier tasks, as is done here.
+    Source: Li & Hoiem 2016, Learning without Forgetting, equations 1 to 3, summed over earlier
+        tasks as there; T² after Hinton et al. 2015, so that their λ = 1 at T = 2 is 0.25 here.
     """
 
     config: LwFConfig

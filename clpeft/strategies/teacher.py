@@ -101,8 +101,8 @@ class CachedOutputs:
         """
         known = targets.any(dim=1)
         first = self.starts[example_ids.where(known, 0)]
-        places = first[:, None] + targets.cumsum(dim=1) - 1
-        return self.values[places.where(targets, 0)]
+        # before an example's first target it is the one of another, or -1, the last
+        return self.values[first[:, None] + targets.cumsum(dim=1) - 1]
 
 
 def cached_outputs(

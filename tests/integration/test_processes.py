@@ -181,6 +181,15 @@ def test_process_that_nothing_drawn_is_left_for(
     short = (*COMPARABLE, few, "training.epochs=1")
     one = finished(name, *short, model=model)
     first, second = together(tiny(name, *short, model=model), tmp_path)
+@pytest.mark.parametrize("teacher", ["cached", "live"])
+def test_distillation_is_divided_by_the_targets_of_all_processes(
+    finished: Finished, tiny: Overrides, tmp_path: Path, teacher: str
+) -> None:
+    """Shares with unequal numbers of answer tokens, of replayed ones, and with no row at all."""
+    odd = (*COMPARABLE, "stream.train_size=33", "training.epochs=1", "stream.scenario=class")
+    odd += (f"strategies.lwf.teacher={teacher}",)
+    one = finished("lwf+replay", *odd)
+    first, second = together(tiny("lwf+replay", *odd), tmp_path)
 
     for parameter, value in one.after.items():
         torch.testing.assert_close(first["weights"][parameter], value, rtol=1e-3, atol=1e-5)
@@ -189,6 +198,13 @@ def test_process_that_nothing_drawn_is_left_for(
     for event, other in zip(map(json.loads, lines), one.history, strict=True):
         for key in {key for key in event if key.startswith("train/")}:
             assert event[key] == pytest.approx(other[key], rel=2e-3, abs=1e-5), key
+    steps = [e for e in map(json.loads, lines) if e["event"] == "step" and e["task"] == 1]
+    assert len(steps) == 5
+    for step, other in zip(steps, one.steps(1), strict=True):
+        expected = other["train/loss/lwf"]
+        # sums in another order
+        assert step["train/loss/lwf"] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    assert steps[-1]["train/loss/lwf"] > 1e-3
 
 
 @pytest.mark.parametrize("name", ["olora", "replay"])

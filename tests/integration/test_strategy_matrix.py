@@ -499,6 +499,7 @@ QUICK = {
     ("tiny_llama", "class", "independent"),
     ("tiny_bert", "task", "agem"),
     ("tiny_bert", "class", "olora"),
+    ("tiny_bert", "task", "lwf"),
     ("tiny_bert", "class", "cumulative"),
     ("tiny_bert", "domain", "ewc"),
     ("tiny_bert", "class", "prioritized_replay"),

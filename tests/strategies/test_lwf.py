@@ -572,6 +572,28 @@ def test_live_teacher_computes_as_the_student_does(
     assert min(terms[1:]) > 1e-4
 
 
+def test_cached_teacher_computes_in_the_students_precision(
+    tiny: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked before the model is prepared for its steps."""
+    kept: list[Tensor] = []
+    original = LwF.train_examples
+
+    def spying(self: LwF, run: Any, task: Any, examples: Any) -> Any:
+        found = original(self, run, task, examples)
+        kept.extend([self._cache.values] if self._cache is not None else [])
+        return found
+
+    monkeypatch.setattr(LwF, "train_examples", spying)
+    short = ("stream.num_tasks=2", "training.epochs=1", "peft.dropout=0")
+    outcome = run_it(tiny("lwf", "training.precision=bf16", *short), tmp_path)
+    (values,) = kept
+    assert torch.equal(values, values.bfloat16().float())
+    terms = [step["train/loss/lwf"] for step in outcome.steps(1)]
+    # the same weights in batches put together otherwise: two digits and a half, squared
+    assert 0.0 <= terms[0] < 0.01 * terms[-1]
+
+
 def test_live_teacher_survives_being_killed(
     finished: Fixture, tiny: Overrides, tmp_path: Path
 ) -> None:

@@ -73,6 +73,24 @@ def test_causal_batch_answers_only(encoded: Callable[..., datasets.Dataset]) -> 
     assert int((batch.labels[:, 1:] != -100).sum()) == 5  # after the shift
 
 
+@pytest.mark.parametrize(
+    ("task_type", "expected"),
+    [
+        ("sequence_classification", [1, 1, 1, 1]),
+        ("causal_lm", [1, 0, 3, 1]),
+        ("seq2seq_lm", [1, 2, 1, 3]),
+    ],
+)
+def test_targets_of_each_example(
+    encoded: Callable[..., datasets.Dataset], task_type: str, expected: list[int]
+) -> None:
+    columns = Columns(encoded(task_type))
+    assert columns.targets.tolist() == expected
+    # what a batch counts
+    for row in range(4):
+        assert Collator(task_type, 0)(columns, np.array([row])).num_targets == expected[row]
+
+
 def test_sequence_to_sequence_batch(encoded: Callable[..., datasets.Dataset]) -> None:
     columns = Columns(encoded("seq2seq_lm"))
     batch = Collator("seq2seq_lm", pad_token_id=0)(columns, np.array([1, 3]))
