@@ -153,7 +153,7 @@ class Strategy:
 
         The loop divides each by the number of micro-batches of a step, so that a term that does
         not depend on the data counts once per step; one that is a sum over examples or tokens of
-        the batch is made a mean over the whole step's by `run.per_target`.
+        the batch is made a mean over the whole step's by `run.per_target` or `run.per_example`.
         """
         return {}
 

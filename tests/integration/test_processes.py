@@ -181,6 +181,16 @@ def test_process_that_nothing_drawn_is_left_for(
     short = (*COMPARABLE, few, "training.epochs=1")
     one = finished(name, *short, model=model)
     first, second = together(tiny(name, *short, model=model), tmp_path)
+
+    for parameter, value in one.after.items():
+        torch.testing.assert_close(first["weights"][parameter], value, rtol=1e-3, atol=1e-5)
+        assert torch.equal(first["weights"][parameter], second["weights"][parameter])
+    lines = (tmp_path / "history.jsonl").read_text().splitlines()
+    for event, other in zip(map(json.loads, lines), one.history, strict=True):
+        for key in {key for key in event if key.startswith("train/")}:
+            assert event[key] == pytest.approx(other[key], rel=2e-3, abs=1e-5), key
+
+
 @pytest.mark.parametrize("teacher", ["cached", "live"])
 def test_distillation_is_divided_by_the_targets_of_all_processes(
     finished: Finished, tiny: Overrides, tmp_path: Path, teacher: str
@@ -195,9 +205,6 @@ def test_distillation_is_divided_by_the_targets_of_all_processes(
         torch.testing.assert_close(first["weights"][parameter], value, rtol=1e-3, atol=1e-5)
         assert torch.equal(first["weights"][parameter], second["weights"][parameter])
     lines = (tmp_path / "history.jsonl").read_text().splitlines()
-    for event, other in zip(map(json.loads, lines), one.history, strict=True):
-        for key in {key for key in event if key.startswith("train/")}:
-            assert event[key] == pytest.approx(other[key], rel=2e-3, abs=1e-5), key
     steps = [e for e in map(json.loads, lines) if e["event"] == "step" and e["task"] == 1]
     assert len(steps) == 5
     for step, other in zip(steps, one.steps(1), strict=True):

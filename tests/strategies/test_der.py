@@ -18,7 +18,7 @@ from clpeft.models.objective import ClassificationObjective
 from clpeft.strategies.der import DER, DERPP, DERConfig, DERPPConfig, distances, kept_logits
 from clpeft.streams.batching import Columns
 from clpeft.training.state import read_state, write_state
-from tests.running import compose_only
+from tests.running import compose_only, run_it
 
 Examples = Callable[..., Any]
 
@@ -433,3 +433,15 @@ def test_derpp_has_the_values_of_der_and_its_own() -> None:
     assert type(both["derpp"]) is DERPPConfig
     assert derpp.keys() - der.keys() == {"beta"}
     assert {key: derpp[key] for key in der} == der
+
+
+def test_beside_olora_whose_adapters_come_and_go(tiny: Examples, tmp_path: Path) -> None:
+    outcome = run_it(tiny("olora+derpp"), tmp_path)
+
+    for task in (1, 2):
+        for term in ("derpp", "derpp_labels", "orthogonality"):
+            assert all(step[f"train/loss/{term}"] > 0 for step in outcome.steps(task))
+    # each task's new adapter starts without an update: the model says what it said, but for dropout
+    for task in (1, 2):
+        first, *rest = (step["train/loss/derpp"] for step in outcome.steps(task))
+        assert first < max(rest)

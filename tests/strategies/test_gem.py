@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import combinations
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from clpeft.strategies.agem import project_conflicting
 from clpeft.strategies.gem import GEM, GEMConfig, multipliers, project_to_cone
+from tests.running import run_it
 
 Examples = Callable[..., Any]
 
@@ -306,3 +308,14 @@ def test_it_goes_on_with_the_draws_that_it_stopped_at(
 
     one, two = (each._memory.sample(4).tolist() for each in (gem, other))
     assert one == two
+
+
+def test_beside_olora_whose_adapters_come_and_go(tiny: Examples, tmp_path: Path) -> None:
+    outcome = run_it(tiny("olora+gem"), tmp_path)
+
+    found = [step for task in (1, 2) for step in outcome.steps(task)]
+    for step in found:
+        # what is turned is the gradient of the newest adapter
+        assert (step["train/gradient/gem_violated"] > 0) == (step["train/gradient/gem_change"] > 0)
+        assert (step["train/gradient/gem_cosine"] < 0) == (step["train/gradient/gem_violated"] > 0)
+    assert {step["train/gradient/gem_violated"] for step in found} >= {0.0, 1.0}

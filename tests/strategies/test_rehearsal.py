@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from clpeft.strategies.base import Strategy
-from clpeft.strategies.memory import _from_arrow
+from clpeft.strategies.arrow import from_bytes
 from clpeft.strategies.rehearsal import Rehearsal, RehearsalConfig
 from tests.running import Outcome
 
@@ -108,7 +108,7 @@ def test_what_a_memory_holds_is_recorded_after_each_task(
         assert sorted(facts) == ["agem", "replay"]
         for place, name in enumerate(("agem", "replay")):
             memory = outcome.state(tasks)["strategies"][str(place)]["memory"]
-            held = _from_arrow(memory["arrow"])
+            held = from_bytes(memory["arrow"])
             assert facts[name]["memory_examples"] == len(held) == 24
             # tokens and one offset of 4 bytes each, and the numbers of each example
             tokens = sum(len(row) for row in held["input_ids"])
