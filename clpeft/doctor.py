@@ -21,8 +21,16 @@ from rich.table import Table
 from clpeft.composition import settle
 from clpeft.config import ConfigError, run_name
 from clpeft.doubts import counterparts, doubts, exhibits, same_result
-from clpeft.evaluation.evidence import Amount, Exhibit, Finding, TaskLog, Verdict, task_logs
-from clpeft.launching import launch, quiet_libraries
+from clpeft.evaluation.evidence import (
+    Amount,
+    Exhibit,
+    Finding,
+    TaskLog,
+    Verdict,
+    rounded,
+    task_logs,
+)
+from clpeft.launching import check, launch, quiet_libraries
 from clpeft.processes import world_size
 from clpeft.registry import STRATEGIES
 from clpeft.rundir import RunDirectory
@@ -48,6 +56,10 @@ LEGEND = {
     Evidence.MEMORY: "memory: examples read in a task",
     Evidence.MASK: "mask: its value at a task's last step",
 }
+COMPARISON_LEGEND = (
+    "weights: the last ones, ‖θ − θ'‖ / ‖θ'‖; learned: mean score on each task just after it, with "
+    "/ without; step: its time as a multiple, after the first task"
+)
 
 
 @dataclass(frozen=True)
@@ -153,12 +165,15 @@ def examine_overrides(overrides: Sequence[str]) -> Examination:
     share_base(given, short)
     with tempfile.TemporaryDirectory(prefix="clpeft-doctor-") as folder:
         runs = [*(other for _, other in counterparts(short)), short]
-        for number, composed in enumerate(runs, 1):
+        places = [Path(folder) / run_name(composed) for composed in runs]
+        for composed, place in zip(runs, places, strict=True):
+            check(composed, place)
+        for number, (composed, place) in enumerate(zip(runs, places, strict=True), 1):
             names = "+".join(composed.strategies)
             typer.echo(f"clpeft: {number} of {len(runs)}: a short run of {names}", err=True)
-            with redirect_stdout(io.StringIO()):  # what it says of itself is in its run.log
-                launch(composed, Path(folder) / run_name(composed))
-        return examination(short, Path(folder) / run_name(short))
+            with redirect_stdout(io.StringIO()):  # what it says of itself is found below
+                launch(composed, place)
+        return examination(short, places[-1])
 
 
 def examine_directory(directory: Path) -> Examination:
@@ -223,7 +238,7 @@ def share_base(given: DictConfig, short: DictConfig) -> None:
     if config.model.path is not None or config.model.architecture is None:
         return
     quiet_libraries()
-    typer.echo("clpeft: the base model, which is built the first time", err=True)
+    typer.echo("clpeft: the base model, which is built once", err=True)
     stream = build_stream(config.stream, data_dir=config.paths.data_dir)
     short.model.path = model_source(config.model, stream, Path(config.paths.cache_dir).expanduser())
 
@@ -323,6 +338,7 @@ def show(examined: Examination, console: Console) -> None:
         console.print()
     if examined.comparisons:
         console.print(_comparison_table(examined.comparisons))
+        console.print(COMPARISON_LEGEND, style="dim", highlight=False)
         console.print()
     for finding in examined.findings:
         style = STYLES[finding.verdict]
@@ -357,23 +373,23 @@ def _evidence_table(examined: Examination) -> Table:
 
 
 def _comparison_table(comparisons: Sequence[Comparison]) -> Table:
-    table = _table("")
-    table.add_column("compared with", overflow="fold")
-    table.add_column("last weights", justify="right")
-    table.add_column("tasks learned", justify="right")
-    table.add_column("a step takes", justify="right")
+    table = _table("beside runs without it")
+    table.add_column("strategy", overflow="fold")
+    table.add_column("without it", overflow="fold")
+    table.add_column("weights", justify="right")
+    table.add_column("learned", justify="right")
+    table.add_column("step", justify="right")
     table.add_column("verdict", no_wrap=True)
     for one in comparisons:
-        weights = "–" if one.distance is None else f"{100 * one.distance:.2g} % apart"
-        if one.same:
-            weights = "equal to the bit"
+        apart = "–" if one.distance is None else f"{rounded(100 * one.distance, 2)} % apart"
+        learned = ["–" if score is None else f"{score:.2f}" for score in one.learned]
         table.add_row(
+            one.strategy,
             one.reference,
-            weights,
-            " beside ".join("–" if score is None else f"{score:.2f}" for score in one.learned),
+            "equal" if one.same else apart,
+            " / ".join(learned),
             "–" if one.step_ratio is None else f"{one.step_ratio:.2f} ×",
-            f"{escape(one.strategy)} "
-            + ("[bold red]does nothing[/]" if one.same else "[green]makes a difference[/]"),
+            _verdict(Verdict.NOTHING) if one.same else "[green]differs[/]",
         )
     return table
 
@@ -392,7 +408,7 @@ def _amount(kind: Evidence, amount: Amount) -> str:
         return "–"
     if kind == Evidence.MEMORY:
         return f"{amount.value:g}"
-    return f"{amount.value:.2g} ×" if kind == Evidence.PENALTY else f"{amount.value:.2g}"
+    return rounded(amount.value, 2) + " ×" * (kind == Evidence.PENALTY)
 
 
 def _verdict(verdict: Verdict) -> str:

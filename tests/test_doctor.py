@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +21,7 @@ from clpeft import cli, doctor
 from clpeft.config import run_name
 from clpeft.doctor import COLUMNS, Comparison, Examination, distance, show, step_seconds
 from clpeft.doubts import counterparts, same_result, with_strategies
-from clpeft.evaluation.evidence import Amount, Exhibit, TaskLog, Verdict
+from clpeft.evaluation.evidence import Amount, Exhibit, TaskLog, Verdict, rounded
 from clpeft.registry import STRATEGIES
 from clpeft.strategies.base import Evidence, Strategy, StrategyConfig
 from clpeft.strategies.l2 import L2, L2Config
@@ -111,9 +112,10 @@ def _doubtful() -> Iterator[None]:
         STRATEGIES.register(name, config=config)(target)
     yield
     STRATEGIES._entries = known
-    for group in (store.repo.get("strategy", {}), store.repo["schema"]["strategy"]):
+    # nor does Hydra know them any longer, where a test composed anything
+    for groups in (store.repo, store.repo.get("schema", {})):
         for name in DOUBTFUL:
-            group.pop(f"{name}.yaml", None)
+            groups.get("strategy", {}).pop(f"{name}.yaml", None)
 
 
 class Answer:
@@ -196,7 +198,7 @@ def test_strategy_that_does_nothing_is_found(
     assert found in answer.said
     equal = f"{name} does nothing: the run has the weights and scores of finetune to the bit"
     assert (equal in answer.said) != differs
-    assert (f"{name} makes a difference" in answer.said) == differs
+    assert (f"{name} finetune equal" in answer.said) != differs
     if name == "idle":
         assert "idle declares no evidence, so that only weights and results" in answer.said
     assert list(tmp_path.iterdir()) == []  # its runs are no results
@@ -222,7 +224,7 @@ def test_healthy_strategies_are_found_healthy(
     for key, kind in STRATEGIES[name].target.evidence.items():
         row = next(line.split() for line in answer.out.splitlines() if f" {key} " in line)
         assert (row[0], row[1], row[2], row[-1]) == (name, key, kind, "works")
-    assert f"{name} makes a difference" in answer.said
+    assert re.search(rf"{name} finetune \S+ % apart .* differs", answer.said)
     assert answer.err.splitlines()[-2:] == [
         "clpeft: 1 of 2: a short run of finetune",
         f"clpeft: 2 of 2: a short run of {name}",
@@ -237,8 +239,12 @@ def test_each_part_of_a_combination_is_judged(
     assert answer.code == 1
     assert "idle does nothing: the run has the weights and scores of replay to the" in answer.said
     assert "finetune to the bit" not in answer.said
-    assert "idle+replay makes a difference" in answer.said
-    assert "replay makes a difference" in answer.said
+    beside = [line.split() for line in answer.out.splitlines() if " / " in line and " × " in line]
+    assert [(row[0], row[1], row[-1]) for row in beside] == [
+        ("idle+replay", "finetune", "differs"),
+        ("idle", "replay", "nothing"),
+        ("replay", "idle", "differs"),
+    ]
     assert [line.rpartition(" ")[2] for line in answer.err.splitlines()] == [
         *("finetune", "replay", "idle", "idle+replay")
     ]
@@ -252,7 +258,7 @@ def test_strength_of_0_is_found_with_what_to_try(
     assert answer.code == 1
     assert "its penalty loss/ewc stayed 0 from the second task on" in answer.said
     assert "strategies.ewc.lambda_ is 0: raise it." in answer.said
-    assert "equal to the bit" in answer.said
+    assert "ewc finetune equal" in answer.said
 
 
 @pytest.mark.parametrize(
@@ -418,7 +424,7 @@ def test_run_directory_is_examined_from_its_files(
     # six steps of eight new examples and .45 × 8 old ones: 21, and the rest of a half later
     assert rows["replay", "replay/examples", "memory"] == ["21", "22", "works"]
     assert rows["ewc", "loss/ewc", "penalty"][-1] == "works"
-    assert "ewc+replay makes a difference" in answer.said
+    assert re.search(r"ewc\+replay finetune .* differs", answer.said)
     for other in ("replay", "ewc"):
         wanted = f"not compared with those of {other}: there is no completed run of the same"
         assert wanted in answer.said
@@ -427,7 +433,7 @@ def test_run_directory_is_examined_from_its_files(
     parts = [last_parameters(f) for f in (folder, single(tmp_path, "outputs/toy/finetune-s0-*"))]
     apart = distance(*parts)
     assert apart is not None
-    assert f" {100 * apart:.2g} % apart " in answer.said
+    assert f" {rounded(100 * apart, 2)} % apart " in answer.said
 
 
 def test_run_that_is_not_completed_is_examined_as_far_as_it_went(
@@ -494,10 +500,9 @@ def test_mistake_costs_one_sentence(
     answer = clpeft("doctor", *arguments)
 
     assert answer.code == 1
-    said = [line for line in answer.err.splitlines() if ": a short run of" not in line]
-    assert len(said) == 1
-    assert said[0].startswith("clpeft: ")
-    assert told in said[0]
+    assert answer.err.startswith("clpeft: ")
+    assert told in answer.err
+    assert answer.err.count("\n") == 1
     assert answer.out == ""
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
@@ -549,23 +554,25 @@ def test_short_runs_keep_the_model_and_cut_the_rest(
     given = [o for o in tiny("replay") if not o.startswith(("model.path=", "stream.num_tasks="))]
     given += ["stream.num_tasks=5", "optimizer.lr=0.02", "stream.max_test=9"]
     launched: list[Any] = []
+    built: list[list[int]] = []
 
     def note(composed: Any, directory: Path) -> None:
         launched.append((composed, directory))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(doctor, "launch", note)
-    monkeypatch.setattr(
-        "clpeft.models.load.generated_base",
-        lambda config, stream, cache: Path(
-            f"/base-of-{len(stream.tasks)}-{len(stream.tasks[0].train)}"
-        ),
-    )
+
+    def base(config: Any, stream: Any, cache: Path) -> Path:
+        built.append([len(stream.tasks), len(stream.tasks[0].train), len(stream.tasks[0].test)])
+        return bases("tiny_llama")
+
+    monkeypatch.setattr("clpeft.models.load.generated_base", base)
     answer = clpeft("doctor", *given)
 
     assert answer.code == 130
     ((composed, directory),) = launched
-    assert composed.model.path == "/base-of-5-32"
+    assert built == [[5, 32, 9]]
+    assert composed.model.path == str(bases("tiny_llama"))
     assert composed.stream.tasks == ["ashford", "birchford", "coleford"]
     assert (composed.stream.max_train, composed.stream.max_test) == (256, 9)
     assert (composed.training.max_steps, composed.tracking.log_every) == (24, 1)
@@ -671,9 +678,7 @@ def test_more_tasks_than_fit_are_given_as_a_range(capsys: pytest.CaptureFixture[
     assert "ewc loss/ewc penalty 0.1 × 0.2 × 0.3 × 0.4 × works" in " ".join(few.split())
     assert "t1 to t10" in many
     assert "ewc loss/ewc penalty 0.1 × to 1 × works" in " ".join(many.split())
-    assert "finetune 12 % apart 0.50 beside – 1.25 × ewc makes a difference" in " ".join(
-        few.split()
-    )
+    assert "ewc finetune 12 % apart 0.50 / – 1.25 × differs" in " ".join(few.split())
     assert "Nothing was found against it." in few
 
 

@@ -213,11 +213,12 @@ def _nothing(exhibit: Exhibit, settings: Settings) -> list[Finding]:
     if exhibit.kind in (Evidence.GRADIENT, Evidence.MASK) and not whole:
         return []  # a task may give it nothing to do
     logged, steps = sum(a.logged for a in dead), sum(a.steps for a in dead)
-    if exhibit.kind == Evidence.GRADIENT and logged < min(steps, STEPS_FOR_GRADIENTS):
+    absent = all(amount.last is None for amount in dead)
+    few = logged < min(steps, STEPS_FOR_GRADIENTS)
+    if exhibit.kind == Evidence.GRADIENT and few and not absent:
         return []
     tasks = tuple(amount.task for amount in dead)
     where = "from the second task on" if whole else f"in {_named(tasks)}"
-    absent = all(amount.last is None for amount in dead)
     told = _told_of_nothing(exhibit, dead[-1].last, where)
     if absent:
         told = f"{exhibit.key}, which should show it, was not logged {where}"
@@ -296,10 +297,10 @@ def _too_strong(
         exhibit.key,
         tasks,
         ratios,
-        f"{exhibit.strategy} is too strong: its penalty {exhibit.key} was {most:.3g} × the task's "
-        f"own loss in {_named(tasks)}, so that little else is learned.",
+        f"{exhibit.strategy} is too strong: its penalty {exhibit.key} was {rounded(most, 3)} × "
+        f"the task's own loss in {_named(tasks)}, so that little else is learned.",
         f"Lower its strength ({_settings(exhibit.strategy, settings)}): divided by "
-        f"{float(f'{most:.1g}'):g}, the two would be about equal.",
+        f"{rounded(most, 1)}, the two would be about equal.",
     )
 
 
@@ -313,16 +314,21 @@ def _too_weak(exhibit: Exhibit, weak: Sequence[tuple[str, float]], settings: Set
         exhibit.key,
         tasks,
         ratios,
-        f"{exhibit.strategy} is too weak: its penalty {exhibit.key} was at most {most:.1g} × the "
-        f"task's own loss from the second task on.",
+        f"{exhibit.strategy} is too weak: its penalty {exhibit.key} was at most "
+        f"{rounded(most, 1)} × the task's own loss from the second task on.",
         f"Raise its strength ({_settings(exhibit.strategy, settings)}): {factor:g} times as much "
         f"would make it about a hundredth of the task's loss.",
     )
 
 
+def rounded(number: float, digits: int) -> str:
+    """A number with so many digits that count: 1600, 0.016, 1.6e-07."""
+    return f"{float(f'{number:.{digits}g}'):g}"
+
+
 def _settings(name: str, settings: Settings) -> str:
     """A strategy's settings as overrides: its strengths where it has some, else all."""
-    strengths = {key: value for key, value in settings.items() if key.startswith("lambda")}
+    strengths = {k: v for k, v in settings.items() if k.startswith("lambda") and v}
     shown = [f"strategies.{name}.{key}={value}" for key, value in (strengths or settings).items()]
     return " ".join(shown) or f"{name} has no settings"
 

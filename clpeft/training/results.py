@@ -112,7 +112,7 @@ def weights_digest(parameters: Mapping[str, Tensor]) -> str:
     for name, parameter in parameters.items():
         found.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
         # one at a time: all of a large model need not fit in the host's memory twice
-        content = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        content = parameter.detach().cpu().reshape(-1).view(torch.uint8)
         found.update(content.numpy().data)
     return found.hexdigest()
 

@@ -13,6 +13,7 @@ from clpeft.evaluation.evidence import (
     Exhibit,
     Verdict,
     examine,
+    rounded,
     same_bits,
     task_logs,
 )
@@ -86,6 +87,11 @@ def test_term_that_was_never_logged(kind: Evidence) -> None:
     assert exhibit.findings[0].advice == (
         "See that the hook that logs it is reached after the first task."
     )
+
+
+def test_term_that_was_logged_in_some_tasks_was_logged() -> None:
+    (finding,) = shown(Evidence.TERM, QUIET, QUIET, every([0.0] * 10)).findings
+    assert "its term x/y stayed 0 from the second task on" in finding.text
 
 
 @pytest.mark.parametrize("kind", list(Evidence))
@@ -246,6 +252,16 @@ def test_gradients_are_not_judged_by_few_of_many_steps(logged: int, judged: bool
     assert exhibit.verdict == (Verdict.NOTHING if judged else Verdict.UNJUDGED)
 
 
+def test_gradients_are_judged_by_all_steps_however_few() -> None:
+    assert shown(Evidence.GRADIENT, QUIET, every([0.0] * 10)).verdict == Verdict.NOTHING
+
+
+def test_gradients_that_nothing_was_logged_of_are_judged_by_any_step() -> None:
+    exhibit = shown(Evidence.GRADIENT, QUIET, {10: {"loss/task": 1.0}})
+    assert exhibit.verdict == Verdict.NOTHING
+    assert "x/y, which should show it, was not logged" in exhibit.findings[0].text
+
+
 # Memories.
 
 
@@ -319,6 +335,7 @@ def test_mask_need_not_change_in_every_task() -> None:
             "strategies.s.lambda1 and strategies.s.lambda2 are 0: raise it.",
         ),
         ({"lambda_": 2.0, "gamma": 0.0}, "(strategies.s.lambda_=2.0)"),
+        ({"lambda1": 2.0, "lambda2": 0.0, "r": 1}, "strategies.s.lambda2 is 0: raise it."),
         ({"strength": 2.0}, "(strategies.s.strength=2.0)"),
         ({}, "(s has no settings)"),
     ],
@@ -362,6 +379,22 @@ def test_findings_are_plain_values() -> None:
     assert written["verdict"] == "does nothing"
     assert written["tasks"] == ["b"]
     assert written["text"].startswith("s does nothing: its term x/y stayed 0")
+
+
+def test_of_several_strengths_those_that_are_on_are_named() -> None:
+    task = every([0.0] + [2000.0] * 9)
+    settings = {"lambda1": 100.0, "lambda2": 0.0, "r": 8}
+    (finding,) = shown(Evidence.PENALTY, QUIET, task, settings=settings).findings
+    assert "was 2000 × the task's own loss" in finding.text
+    assert "Lower its strength (strategies.s.lambda1=100.0): divided by 2000," in finding.advice
+
+
+@pytest.mark.parametrize(
+    ("number", "digits", "told"),
+    [(1642.3, 2, "1600"), (1642.3, 1, "2000"), (0.01642, 2, "0.016"), (1.64e-7, 2, "1.6e-07")],
+)
+def test_rounded(number: float, digits: int, told: str) -> None:
+    assert rounded(number, digits) == told
 
 
 def test_equal_bits() -> None:

@@ -79,6 +79,12 @@ def test_whatever_differs_makes_another_digest(change: dict[str, torch.Tensor]) 
     assert weights_digest({**WEIGHTS, **change}) != weights_digest(WEIGHTS)
 
 
+def test_names_and_types_are_part_of_it() -> None:
+    zeros = [torch.zeros(2, dtype=kind) for kind in (torch.float16, torch.bfloat16)]
+    assert weights_digest({"a": zeros[0]}) != weights_digest({"a": zeros[1]})
+    assert weights_digest({"a": zeros[0]}) != weights_digest({"b": zeros[0]})
+
+
 def test_digest_is_of_all_that_was_trained(finished: Callable[..., Any]) -> None:
     outcome = finished("ewc")
 
