@@ -47,11 +47,11 @@ real: $(RUN) ## eight strategies on real text, half an hour: make real CLPEFT_DA
 		paths.output_dir=outputs/real
 	$(BIN)/clpeft report outputs/real
 
-.PHONY: test test-quick
-test: $(DEV) ## all tests
-	$(BIN)/python -m pytest -n 2
-test-quick: $(DEV) ## the tests that take less than about ten seconds each
+.PHONY: test test-all
+test: $(DEV) ## the tests: of the long matrices a sample in which every strategy comes up
 	$(BIN)/python -m pytest -n 2 -m "not slow"
+test-all: $(DEV) ## all tests, some three quarters of an hour
+	$(BIN)/python -m pytest -n 2
 
 .PHONY: quality format
 quality: $(DEV) ## ruff, mypy and shellcheck

@@ -6,7 +6,9 @@ tests/integration.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,22 @@ def overrides_of(name: str) -> list[str]:
     base = base_of(name)
     more = [f"strategies.{base}.{option}" for option in VARIANTS.get(name, ())]
     return [*STRATEGY_SETTINGS[base].overrides, *more]
+
+
+def in_turns(names: Sequence[str], turn: int, turns: int = 3) -> list[Any]:
+    """Parameters of a test of which CI runs every third; the others are marked slow.
+
+    Args:
+        names: Strategies.
+        turn: Which of them; tests with other turns run others, so that each is run by some.
+        turns: Every how manieth.
+    """
+    import pytest
+
+    return [
+        pytest.param(name, marks=[] if place % turns == turn else [pytest.mark.slow])
+        for place, name in enumerate(names)
+    ]
 
 
 def side_by_side(strategy: str) -> list[str]:

@@ -28,7 +28,7 @@ from clpeft.strategies.l2 import L2, L2Config
 from clpeft.strategies.memory import Memory
 from clpeft.training.checkpoint import last_parameters
 from tests.running import compose_only
-from tests.settings import STRATEGY_SETTINGS
+from tests.settings import STRATEGY_SETTINGS, in_turns
 
 Overrides = Callable[..., list[str]]
 
@@ -212,9 +212,10 @@ def test_mask_that_changes_is_healthy(clpeft: Callable[..., Answer], short: Over
     assert row == ["alternating_mask", "mask/first_row", "mask", "1", "0", "works"]
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in STRATEGY_SETTINGS if not STRATEGIES[name].target.is_reference]
-)
+METHODS = [name for name in STRATEGY_SETTINGS if not STRATEGIES[name].target.is_reference]
+
+
+@pytest.mark.parametrize("name", in_turns(METHODS, 0))
 def test_healthy_strategies_are_found_healthy(
     clpeft: Callable[..., Answer], tiny: Overrides, name: str
 ) -> None:

@@ -13,7 +13,7 @@ from clpeft.config import ConfigError
 from clpeft.registry import STRATEGIES
 from clpeft.strategies.base import defines
 from tests.running import compose_only, run_it
-from tests.settings import STRATEGY_SETTINGS
+from tests.settings import STRATEGY_SETTINGS, models_of
 
 NAMES = [n for n in sorted(STRATEGY_SETTINGS) if not STRATEGIES[n].target.is_reference]
 PAIRS = list(combinations(NAMES, 2))
@@ -36,22 +36,12 @@ def reason(one: str, other: str) -> str | None:
     return None
 
 
-def model_for(*names: str) -> str:
-    """A tiny model that all these strategies can train."""
-    models = {"causal_lm": "tiny_llama", "sequence_classification": "tiny_bert"}
-    return next(
-        model
-        for task_type, model in models.items()
-        if all(task_type in STRATEGIES[name].target.task_types for name in names)
-    )
-
-
 @pytest.mark.parametrize("pair", [p for p in PAIRS if reason(*p) is not None], ids="+".join)
 def test_pair_that_is_declared_impossible_is_refused(
     tiny: Callable[..., list[str]], pair: tuple[str, str]
 ) -> None:
     with pytest.raises(ConfigError) as refusal:
-        settle(compose_only(tiny("+".join(pair))))
+        settle(compose_only(tiny("+".join(pair), model=models_of(pair[0])[0])))
 
     message = str(refusal.value)
     assert all(name in message for name in pair) or "model.task_type" in message
@@ -71,7 +61,7 @@ def test_pair_acts_together(
     tiny: Callable[..., list[str]], tmp_path: Path, pair: tuple[str, str]
 ) -> None:
     short = ("stream.num_tasks=2", "stream.train_size=24", "training.epochs=2")
-    outcome = run_it(tiny("+".join(pair), *short, model=model_for(*pair)), tmp_path / "run")
+    outcome = run_it(tiny("+".join(pair), *short), tmp_path / "run")
 
     for name in pair:
         setting = STRATEGY_SETTINGS[name]

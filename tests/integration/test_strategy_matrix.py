@@ -33,6 +33,7 @@ from tests.settings import (
     STRATEGY_SETTINGS,
     TASK_TYPES,
     VARIED,
+    in_turns,
     models_of,
     scenarios_of,
     side_by_side,
@@ -313,7 +314,10 @@ def test_adapter_on_disk_is_the_model_that_was_trained(
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "replay" not in side_by_side(name)])
+BESIDE_REPLAY = [name for name in NAMES if "replay" not in side_by_side(name)]
+
+
+@pytest.mark.parametrize("name", in_turns(BESIDE_REPLAY, 1))
 def test_combined_with_replay(
     finished: Finished, tiny: Overrides, tmp_path: Path, name: str
 ) -> None:
@@ -337,7 +341,7 @@ def test_combined_with_replay(
     assert not same_bits(outcome.trainable, finished("replay", like=name).trainable)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", in_turns(NAMES, 0))
 def test_seed_decides_every_bit(
     finished: Finished, tiny: Overrides, tmp_path: Path, name: str
 ) -> None:
@@ -354,7 +358,7 @@ def test_seed_decides_every_bit(
     )
 
 
-@pytest.mark.parametrize("name", VARIED)
+@pytest.mark.parametrize("name", in_turns(VARIED, 0, 2))
 def test_accumulated_micro_batches_make_the_step_of_one_batch(
     tiny: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -404,7 +408,7 @@ def test_accumulated_micro_batches_make_the_step_of_one_batch(
         assert not torch.equal(value, one.before[parameter])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", in_turns(NAMES, 1))
 def test_bf16_trains(finished: Finished, name: str) -> None:
     short = ("stream.num_tasks=2", "training.epochs=1")
     outcome, full = finished(name, *short, "training.precision=bf16"), finished(name, *short)
@@ -450,7 +454,7 @@ WITHOUT_ADAPTER = [
 ]
 
 
-@pytest.mark.parametrize("name", WITHOUT_ADAPTER)
+@pytest.mark.parametrize("name", in_turns(WITHOUT_ADAPTER, 2))
 def test_full_fine_tuning(tiny: Overrides, tmp_path: Path, name: str) -> None:
     full = [o for o in tiny(name) if not o.startswith("peft.")]
     full += ["peft=full", "optimizer.lr=1e-3", "stream.num_tasks=2", "training.epochs=1"]
@@ -469,7 +473,7 @@ def test_full_fine_tuning(tiny: Overrides, tmp_path: Path, name: str) -> None:
     assert resumed.results["matrix"] == whole.results["matrix"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", in_turns(NAMES, 2))
 def test_gradient_checkpointing_gives_the_same_bits(finished: Finished, name: str) -> None:
     # dropout, which is on, is drawn again alike when a layer is recomputed
     outcome = finished(name, "training.gradient_checkpointing=true")

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from clpeft.strategies.base import Strategy
 from clpeft.strategies.arrow import from_bytes
+from clpeft.strategies.base import Strategy
 from clpeft.strategies.rehearsal import Rehearsal, RehearsalConfig
 from tests.running import Outcome
 
@@ -19,20 +19,24 @@ class Keeping(Rehearsal):
 
 
 class Picky(Strategy):
-    """Admits the examples whose first token is even, and notes who asked."""
+    """Objects to examples whose first token is odd, and notes who asked."""
 
     asked: list[tuple[int, str]]
 
-    def admit(self, run: Any, task: Any, examples: Any, source: str) -> Any:
+    def objections(
+        self, run: Any, task: Any, examples: Any, beside: Any, source: str
+    ) -> dict[int, str]:
         self.asked.append((task.index, source))
-        return examples.filter(lambda row: row["input_ids"][0] % 2 == 0)
+        return {row: "odd" for row, ids in enumerate(examples["input_ids"]) if ids[0] % 2}
 
 
 class First(Strategy):
     """Admits the first three."""
 
-    def admit(self, run: Any, task: Any, examples: Any, source: str) -> Any:
-        return examples.select(range(3))
+    def objections(
+        self, run: Any, task: Any, examples: Any, beside: Any, source: str
+    ) -> dict[int, str]:
+        return dict.fromkeys(range(3, len(examples)), "late")
 
 
 def keeping(run: Any, size: int, *others: Strategy) -> Keeping:
