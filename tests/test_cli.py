@@ -342,7 +342,6 @@ def test_failed_run_tells_why_and_can_be_repeated(
     assert status["exception"].startswith("ConfigError: peft.target names")
 
 
-@pytest.mark.slow
 def test_ctrl_c_is_written_down(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
     command = [
         *[o for o in tiny("finetune") if not o.startswith("tracking.wandb")],

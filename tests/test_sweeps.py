@@ -372,7 +372,6 @@ def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.slow
 def test_joblib_gives_the_bits_of_one_after_the_other(
     sweep: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -404,7 +403,6 @@ def test_joblib_gives_the_bits_of_one_after_the_other(
     assert at_once.pid not in processes
 
 
-@pytest.mark.slow
 def test_ctrl_c_lets_runs_in_other_processes_save(tiny: Any, tmp_path: Path) -> None:
     given = tiny("finetune", "training.epochs=100000", "hydra/launcher=joblib", "seed=0,1,2")
     process = start(tmp_path, *given)

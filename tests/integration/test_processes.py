@@ -243,7 +243,6 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_launched_from_the_command_line(
     finished: Finished, tiny: Overrides, tmp_path: Path, launcher: str

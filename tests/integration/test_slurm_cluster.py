@@ -34,7 +34,6 @@ def _missing() -> str | None:
 
 pytestmark = [
     pytest.mark.slurm,
-    pytest.mark.slow,
     pytest.mark.skipif(_missing() is not None, reason=str(_missing())),
 ]
 
