@@ -176,3 +176,14 @@ def test_two_strategies_draw_different_examples(
 
     drawn = [replay._memory.draw(run, 8).example_ids.tolist() for _ in range(5)]
     assert drawn != [agem._memory.draw(run, 8).example_ids.tolist() for _ in range(5)]
+
+
+def test_ratio_is_of_new_examples_whatever_another_strategy_has_added(
+    replaying: Callable[..., Any], examples: Callable[..., Any]
+) -> None:
+    run, replay = replaying(0.5)
+    mixed = replay.transform_batch(run, batch(run, examples, 4))
+    moved = mixed.to("cpu").altered(weights=None)
+
+    # half of the four new ones, not half of the six
+    assert len(replay.transform_batch(run, moved)) == 4 + 2 + 2
