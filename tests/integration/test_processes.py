@@ -112,12 +112,13 @@ def signal_in_step(step: int) -> None:
     Loop._backward = backward  # type: ignore[method-assign]
 
 
-def memory_rows(state: dict[str, Any]) -> list[int]:
-    """What a strategy's memory holds, as bytes, and its random state."""
+def memory_rows(state: dict[str, Any]) -> list[float]:
+    """What a strategy's memory holds, as bytes, its notes and its random state."""
     memory = state.get("memory")
     if memory is None or memory["arrow"] is None:
         return []
-    return [*memory["arrow"].tolist(), *memory["generator"].tolist()]
+    notes = [value for note in memory["notes"].values() for value in note.flatten().tolist()]
+    return [*memory["arrow"].tolist(), *memory["generator"].tolist(), *notes]
 
 
 @pytest.mark.parametrize("name", SEVERAL)

@@ -136,6 +136,16 @@ def test_set_aside_takes_all_rows_with_their_targets() -> None:
     assert given.num_targets == 3
 
 
+def test_altered_batch_knows_what_was_counted() -> None:
+    given = texts([[-100, 4, 5], [-100, -100, 6]]).counted(3, 2, 9).to("meta")
+    found = given.altered(weights=torch.tensor([0.5, 2.0]))
+
+    assert found.weights is not None
+    assert found.weights.tolist() == [0.5, 2.0]
+    assert (found.num_targets, found.target_width, found.rows) == (3, 2, 9)
+    assert given.weights is None
+
+
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
 def test_parts_keep_to_their_rows_when_batches_join(order: tuple[int, ...]) -> None:
     batches = [
