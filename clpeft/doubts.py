@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, flag_override
 
-from clpeft.config import run_name
+from clpeft.composition import settle
+from clpeft.config import ConfigError, run_name
 from clpeft.evaluation.evidence import Exhibit, Finding, examine, same_bits
 from clpeft.registry import STRATEGIES
 from clpeft.rundir import RunDirectory
@@ -62,7 +64,8 @@ def counterparts(composed: DictConfig) -> list[tuple[str, DictConfig]]:
 
     Returns:
         What the other run has not, and the other run's config: first all of the strategies, so that
-        it is finetune, then each of several. A reference need not differ from anything.
+        it is finetune, then each of several, where the others can do without it. A reference need
+        not differ from anything.
     """
     names = [str(name) for name in composed.strategies]
     if all(name in STRATEGIES and STRATEGIES[name].target.is_reference for name in names):
@@ -70,8 +73,10 @@ def counterparts(composed: DictConfig) -> list[tuple[str, DictConfig]]:
     found = [("+".join(names), with_strategies(composed, [FINETUNE]))]
     if len(names) > 1:
         for name in names:
-            others = [other for other in names if other != name]
-            found.append((name, with_strategies(composed, others)))
+            others = with_strategies(composed, [other for other in names if other != name])
+            with suppress(ConfigError):
+                settle(others)
+                found.append((name, others))
     return found
 
 

@@ -14,7 +14,9 @@ import pytest
 import yaml
 
 from clpeft.capabilities import capability_table
+from clpeft.evaluation import evidence
 from clpeft.registry import PEFT_METHODS, STRATEGIES
+from clpeft.strategies.base import Evidence
 
 ROOT = Path(__file__).parents[1]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -101,3 +103,22 @@ def test_table_of_capabilities_is_the_strategies_own() -> None:
     page = (ROOT / "docs/processes.md").read_text()
     told = page.split("<!-- capabilities -->\n")[1].split("<!-- end of capabilities -->")[0]
     assert told.strip() == capability_table()
+
+
+def test_thresholds_and_kinds_are_those_that_are_judged_by() -> None:
+    page = (ROOT / "docs/doctor.md").read_text()
+    rows = table("docs/doctor.md", "| kind | judged, task by task |")
+    kinds = table("docs/add_a_strategy.md", "| kind | a value that |")
+
+    assert [name.partition("`")[0] for name in rows] == [str(kind) for kind in Evidence]
+    assert list(kinds) == [f"Evidence.{kind.name}" for kind in Evidence]
+    told = " ".join(rows["penalty"])
+    assert f"is above {evidence.TOO_STRONG:g}." in told
+    assert f"is below {evidence.TOO_WEAK:.0e},".replace("e-0", "e-") in told
+    assert f"no fewer than {evidence.STEPS_FOR_MEDIAN} logged" in page
+    assert f'"changed no gradient" by no fewer than {evidence.STEPS_FOR_GRADIENTS} in all' in page
+    preset = yaml.safe_load((ROOT / "conf/debug/doctor.yaml").read_text())
+    steps, stream = preset["training"]["max_steps"], preset["stream"]
+    folded = " ".join(page.split())
+    assert f"{steps} steps a task, {stream['max_train']} examples to train and" in folded
+    assert f"and {stream['max_test']} to test on, every step logged." in folded

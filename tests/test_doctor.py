@@ -225,11 +225,11 @@ def test_healthy_strategies_are_found_healthy(
     for key, kind in STRATEGIES[name].target.evidence.items():
         row = next(line.split() for line in answer.out.splitlines() if f" {key} " in line)
         assert (row[0], row[1], row[2], row[-1]) == (name, key, kind, "works")
-    assert re.search(rf"{name} finetune \S+ % apart .* differs", answer.said)
-    assert answer.err.splitlines()[-2:] == [
-        "clpeft: 1 of 2: a short run of finetune",
-        f"clpeft: 2 of 2: a short run of {name}",
-    ]
+    partner = STRATEGY_SETTINGS[name].beside  # without which it could not run at all
+    assert re.search(rf"{name} {partner or 'finetune'} \S+ % apart .* differs", answer.said)
+    trained = [line.rpartition(" ")[2] for line in answer.err.splitlines()]
+    both = [] if partner is None else [partner]
+    assert trained == ["finetune", *both, "+".join([name, *both])]
 
 
 def test_each_part_of_a_combination_is_judged(
@@ -614,6 +614,12 @@ def test_runs_that_a_run_has_to_differ_from(tiny: Overrides) -> None:
         ("agem", ["ewc", "replay"]),
     ]
     assert counterparts(compose_only(tiny("cumulative"))) == []
+    # which is refused where it has nothing to screen
+    screened = compose_only(tiny("replay+quality_control"))
+    assert [(lacking, list(c.strategies)) for lacking, c in counterparts(screened)] == [
+        ("replay+quality_control", ["finetune"]),
+        ("quality_control", ["replay"]),
+    ]
 
 
 def test_counterpart_has_the_name_of_the_run_that_a_command_makes(tiny: Overrides) -> None:

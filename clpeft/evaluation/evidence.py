@@ -239,7 +239,7 @@ def _told_of_nothing(exhibit: Exhibit, last: float | None, where: str) -> str:
     stayed = f"{exhibit.key} stayed {0.0 if last is None else last:g}"
     return {
         Evidence.PENALTY: f"its penalty {stayed} {where}",
-        Evidence.TERM: f"its term {stayed} {where}",
+        Evidence.TERM: f"its {'term ' * exhibit.key.startswith('loss/')}{stayed} {where}",
         Evidence.GRADIENT: f"it changed no gradient, {stayed} {where}",
         Evidence.MEMORY: f"its memory was not read, {stayed} {where}",
         Evidence.MASK: f"its mask did not change, {stayed} {where}",

@@ -33,7 +33,7 @@ def doubts_of(board: Leaderboard) -> list[Doubt]:
         found: dict[tuple[str, str, str], list[tuple[int, str]]] = {}
         for run in row.runs:
             told = {(w.strategy, w.verdict, w.what): w.text for w in run.warnings}
-            for key, text in (*_equal(run, runs), *told.items()):
+            for key, text in (*told.items(), *_equal(run, runs)):
                 seen = found.setdefault(key, [])
                 if run.seed not in (seed for seed, _ in seen):
                     seen.append((run.seed, text))

@@ -78,6 +78,12 @@ def test_term_that_stayed_0_in_one_task(kind: Evidence) -> None:
     assert "stayed 0 in c (9 logged steps of 10)" in exhibit.findings[0].text
 
 
+def test_terms_of_the_loss_are_called_so() -> None:
+    for key, told in (("loss/y", "its term loss/y stayed 0"), ("y/kept", "its y/kept stayed 0")):
+        exhibit = shown(Evidence.TERM, QUIET, every([0.0] * 10, key=key), key=key)
+        assert told in exhibit.findings[0].text
+
+
 @pytest.mark.parametrize("kind", [Evidence.PENALTY, Evidence.TERM])
 def test_term_that_was_never_logged(kind: Evidence) -> None:
     exhibit = shown(kind, QUIET, QUIET, QUIET)
@@ -91,7 +97,7 @@ def test_term_that_was_never_logged(kind: Evidence) -> None:
 
 def test_term_that_was_logged_in_some_tasks_was_logged() -> None:
     (finding,) = shown(Evidence.TERM, QUIET, QUIET, every([0.0] * 10)).findings
-    assert "its term x/y stayed 0 from the second task on" in finding.text
+    assert "its x/y stayed 0 from the second task on" in finding.text
 
 
 @pytest.mark.parametrize("kind", list(Evidence))
@@ -378,7 +384,7 @@ def test_findings_are_plain_values() -> None:
     written = json.loads(json.dumps(asdict(finding)))
     assert written["verdict"] == "does nothing"
     assert written["tasks"] == ["b"]
-    assert written["text"].startswith("s does nothing: its term x/y stayed 0")
+    assert written["text"].startswith("s does nothing: its x/y stayed 0")
 
 
 def test_of_several_strengths_those_that_are_on_are_named() -> None:
