@@ -83,7 +83,8 @@ STRATEGY_SETTINGS: dict[str, Setting] = {
     "generative_replay": Setting(
         (
             "strategies.generative_replay.replay_ratio=0.25",
-            "strategies.generative_replay.max_attempts=60",
+            "strategies.generative_replay.batch_size=128",
+            "strategies.generative_replay.max_new_tokens=48",
         ),
         trace="train/generative_replay/examples",
         keeps_state=False,

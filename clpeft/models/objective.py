@@ -68,7 +68,8 @@ class Objective(ABC):
         flat = F.cross_entropy(
             logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none"
         )
-        return flat.view(len(labels), -1).sum(dim=1)
+        # said in full, for there may be no row
+        return flat.view(len(labels), labels.shape[1:].numel()).sum(dim=1)
 
     def total(self, outputs: Any, batch: Batch) -> Tensor:
         """The task loss of a batch: a scalar, in nats.

@@ -13,7 +13,7 @@ from clpeft.models.objective import IGNORED
 from clpeft.registry import STRATEGIES
 from clpeft.strategies import readings
 from clpeft.strategies.base import Evidence
-from clpeft.strategies.rehearsal import Rehearsal, RehearsalConfig
+from clpeft.strategies.rehearsal import Mixing, MixingConfig
 from clpeft.streams.batch import Batch, concatenate, set_aside
 
 if TYPE_CHECKING:
@@ -22,11 +22,10 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class DERConfig(RehearsalConfig):
+class DERConfig(MixingConfig):
     """Settings of DER."""
 
     alpha: float = above(0)  # weight of the distance to the stored logits
-    ratio: float = above(0)  # memory examples per new example in a batch, of every draw
     top_k: int = at_least(1)  # logits that are kept of each answer token of a language model
 
 
@@ -75,7 +74,7 @@ def distances(logits: Tensor, labels: Tensor, kept: Tensor, ids: Tensor) -> Tens
 
 
 @STRATEGIES.register("der", config=DERConfig)
-class DER(Rehearsal):
+class DER(Mixing):
     """loss += α · mean over drawn examples of ‖h(x′) − z′‖² / n, z′ the n logits when stored.
 
     α is that of the paper's code, whose `mse_loss` is a mean over examples and over logits, too.
@@ -98,16 +97,8 @@ class DER(Rehearsal):
     name = "der"
     evidence: ClassVar = {"loss/der": Evidence.TERM}
 
-    def setup(self, run: Run) -> None:
-        super().setup(run)
-        self._owed = 0.0  # the part of an example that batches so far should have brought
-
     def transform_batch(self, run: Run, batch: Batch) -> Batch:
-        if not len(self._memory):
-            return batch
-        self._owed += self.config.ratio * batch.rows
-        count = int(self._owed)
-        self._owed -= count
+        count = self._due(batch)
         if not count:
             return batch
         return concatenate([batch, *self._recalled(run, count)], run.collator.pad_token_id)
@@ -147,13 +138,6 @@ class DER(Rehearsal):
             width = max(known.shape[1], values.shape[1])
             filled = widened(known, width).index_copy(0, rows, widened(values, width))
             self._memory.notes[name] = filled
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "owed": self._owed}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self._owed = state["owed"]
 
 
 def widened(notes: Tensor, width: int) -> Tensor:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from clpeft.config import at_least, one_of
+from clpeft.config import above, at_least, one_of
 from clpeft.strategies.base import Strategy, StrategyConfig
 from clpeft.strategies.memory import BUDGETS, SELECTIONS, Memory
 
 if TYPE_CHECKING:
+    from clpeft.streams.batch import Batch
     from clpeft.streams.tokenize import EncodedTask
     from clpeft.training.run import Run
 
@@ -57,3 +58,39 @@ class Rehearsal(Strategy):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._memory.load_state_dict(state["memory"])
+
+
+@dataclass
+class MixingConfig(RehearsalConfig):
+    """Settings of a memory that batches are mixed with."""
+
+    ratio: float = above(0)  # memory examples per new example in a batch
+
+
+class Mixing(Rehearsal):
+    """Has so many examples of its memory for each new one in a batch.
+
+    Where `ratio` makes a fraction of an example, a later batch has one more.
+    """
+
+    config: MixingConfig
+
+    def setup(self, run: Run) -> None:
+        super().setup(run)
+        self._owed = 0.0  # the part of an example that batches so far should have brought
+
+    def _due(self, batch: Batch) -> int:
+        """How many examples of the memory a micro-batch brings, over all processes."""
+        if not len(self._memory):
+            return 0
+        self._owed += self.config.ratio * batch.loaded
+        count = int(self._owed)
+        self._owed -= count
+        return count
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "owed": self._owed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._owed = state["owed"]

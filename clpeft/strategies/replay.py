@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from clpeft.config import above, one_of
 from clpeft.registry import STRATEGIES
 from clpeft.strategies.base import Evidence
-from clpeft.strategies.rehearsal import Rehearsal, RehearsalConfig
+from clpeft.strategies.rehearsal import Mixing, MixingConfig
 from clpeft.streams.batch import Batch, concatenate, set_aside
 
 if TYPE_CHECKING:
@@ -19,16 +19,15 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class ReplayConfig(RehearsalConfig):
+class ReplayConfig(MixingConfig):
     """Settings of replay."""
 
-    ratio: float = above(0)  # memory examples per new example in a batch
     mixing: str = one_of("ratio", "separate")  # in one mean with the new ones, or as a term
     weight: float = above(0)  # of the term, with mixing=separate
 
 
 @STRATEGIES.register("replay", config=ReplayConfig)
-class Replay(Rehearsal):
+class Replay(Mixing):
     """Adds `ratio` times a batch's size of examples from a memory of earlier tasks.
 
     With `mixing=ratio` the loss is the mean over the targets of new and replayed examples alike;
@@ -46,20 +45,10 @@ class Replay(Rehearsal):
     def setup(self, run: Run) -> None:
         super().setup(run)
         self._replayed = 0
-        self._owed = 0.0  # the part of an example that batches so far should have brought
 
     def transform_batch(self, run: Run, batch: Batch) -> Batch:
         count = self._due(batch)
         return self._mixed(run, batch, self._memory.draw(run, count)) if count else batch
-
-    def _due(self, batch: Batch) -> int:
-        """How many examples of the memory a micro-batch brings, over all processes."""
-        if not len(self._memory):
-            return 0
-        self._owed += self.config.ratio * batch.rows
-        count = int(self._owed)
-        self._owed -= count
-        return count
 
     def _mixed(self, run: Run, batch: Batch, drawn: Batch) -> Batch:
         """A micro-batch with what was drawn for it after its own examples."""
@@ -81,9 +70,8 @@ class Replay(Rehearsal):
         return {f"{self.name}/examples": self._replayed}
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "replayed": self._replayed, "owed": self._owed}
+        return {**super().state_dict(), "replayed": self._replayed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self._replayed = state["replayed"]
-        self._owed = state["owed"]

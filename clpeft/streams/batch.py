@@ -91,13 +91,13 @@ class Batch:
                 for name, part in self.parts.items()
             },
         )
-        vars(batch)["identities"] = identities
+        vars(batch).update(identities=identities, loaded=self.loaded)
         return batch.counted(self.num_targets, self.target_width, self.rows)
 
     def altered(self, **changes: Any) -> Batch:
         """The batch with other weights or candidates, say; what was counted stays counted."""
         changed = replace(self, **changes)
-        vars(changed)["identities"] = self.identities
+        vars(changed).update(identities=self.identities, loaded=self.loaded)
         return changed.counted(self.num_targets, self.target_width, self.rows)
 
     def counted(self, num_targets: int, target_width: int, rows: int) -> Batch:
@@ -109,6 +109,11 @@ class Batch:
     def rows(self) -> int:
         """See the class."""
         return len(self)
+
+    @cached_property
+    def loaded(self) -> int:
+        """Of `rows`, those that the task's loader gave; the others strategies have added."""
+        return self.rows
 
     @cached_property
     def identities(self) -> list[tuple[int, int]]:
@@ -152,7 +157,7 @@ def concatenate(batches: Sequence[Batch], pad_token_id: int) -> Batch:
             -100.
 
     Returns:
-        The examples in the order given.
+        The examples in the order given; the first batch is the one that others are added to.
     """
     width = max(batch.labels.shape[-1] for batch in batches)
     target_width = max(
@@ -174,7 +179,10 @@ def concatenate(batches: Sequence[Batch], pad_token_id: int) -> Batch:
         _filled([batch.candidates for batch in batches], batches),
         _parts(batches),
     )
-    vars(together)["identities"] = [pair for batch in batches for pair in batch.identities]
+    vars(together).update(
+        identities=[pair for batch in batches for pair in batch.identities],
+        loaded=batches[0].loaded,
+    )
     return together.counted(
         sum(batch.num_targets for batch in batches),
         target_width,

@@ -157,8 +157,7 @@ def encode_whole(encoder: Encoder, task: Task, rows: pyarrow.Table, limit: int) 
             "input_ids": pyarrow.array([asked] * len(ends), lists),
             "labels": pyarrow.array(ends, lists),
         }
-    ids = rows["example_id"].take(kept)
     columns["label"] = pyarrow.array([-1] * len(ends), pyarrow.int64())
     columns["task_id"] = pyarrow.array([task.index] * len(ends), pyarrow.int64())
-    columns["example_id"] = ids
+    columns["example_id"] = rows["example_id"].take(pyarrow.array(kept, pyarrow.int64()))
     return pyarrow.table(columns)

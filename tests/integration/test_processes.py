@@ -112,12 +112,13 @@ def signal_in_step(step: int) -> None:
     Loop._backward = backward  # type: ignore[method-assign]
 
 
-def memory_rows(state: dict[str, Any]) -> list[int]:
-    """What a strategy's memory holds, as bytes, and its random state."""
+def memory_rows(state: dict[str, Any]) -> list[float]:
+    """What a strategy's memory holds, as bytes, its notes and its random state."""
     memory = state.get("memory")
     if memory is None or memory["arrow"] is None:
         return []
-    return [*memory["arrow"].tolist(), *memory["generator"].tolist()]
+    notes = [value for note in memory["notes"].values() for value in note.flatten().tolist()]
+    return [*memory["arrow"].tolist(), *memory["generator"].tolist(), *notes]
 
 
 @pytest.mark.parametrize("name", SEVERAL)
@@ -153,14 +154,21 @@ def test_two_processes_are_one(
                 assert event[key] == other[key]
 
 
-@pytest.mark.parametrize("model", ["tiny_llama", "tiny_bert", "tiny_t5"])
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        *[("replay", model) for model in ("tiny_llama", "tiny_bert", "tiny_t5")],
+        *[("generative_replay", model) for model in ("tiny_llama", "tiny_t5")],
+    ],
+)
 def test_process_that_no_row_is_left_for(
-    finished: Finished, tiny: Overrides, tmp_path: Path, model: str
+    finished: Finished, tiny: Overrides, tmp_path: Path, name: str, model: str
 ) -> None:
-    # 33 rows in batches of 8, over two processes: the last batch has one row, for one of them
+    # 33 rows in batches of 8, over two processes: the last batch has one row, for one of them; with
+    # 8 generated ones too
     odd = (*COMPARABLE, "stream.train_size=33", "training.epochs=1")
-    one = finished("replay", *odd, model=model)
-    first, second = together(tiny("replay", *odd, model=model), tmp_path)
+    one = finished(name, *odd, model=model)
+    first, second = together(tiny(name, *odd, model=model), tmp_path)
 
     for parameter, value in one.after.items():
         torch.testing.assert_close(first["weights"][parameter], value, rtol=1e-3, atol=1e-5)

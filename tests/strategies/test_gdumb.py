@@ -43,7 +43,7 @@ def test_every_task_begins_with_the_first_values(regression: Callable[..., Any])
     strategy = made(run)
     (weight,) = run.trainable.values()
     for index in range(2):
-        weight.data = torch.tensor([7.0, 8.0])
+        weight.data.copy_(torch.tensor([7.0, 8.0]))  # in place, as an optimizer does
         strategy.before_task(run, SimpleNamespace(index=index))  # type: ignore[arg-type]
         assert weight.tolist() == [0.25, -3.0]
         assert run.trainable["weight"] is weight  # the same parameter, for the optimizer

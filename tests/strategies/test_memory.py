@@ -202,6 +202,19 @@ def test_size_and_notes_of_every_memory(
     contents_match(memory, examples)
 
 
+def test_reservoir_of_each_task_begins_anew(
+    bigrams: Callable[..., Any], examples: Examples
+) -> None:
+    run, kept = bigrams(20), 0
+    for seed in range(150):
+        memory = Memory(1, torch.Generator().manual_seed(seed), budget="per_task")
+        memory.add(run, examples([[i % 20] for i in range(50)]))
+        memory.add(run, examples([[1], [2]], task=1))
+        kept += identities(memory)[1][1]
+    # one of two, whatever was seen of the first task; standard deviation 6
+    assert abs(kept - 75) < 3 * 6.2
+
+
 def contents_match(memory: Memory, examples: Examples) -> None:
     tasks = [a_task(examples, task) for task in range(3)]
     assert memory.examples is not None
@@ -342,6 +355,7 @@ def test_state_goes_through_the_disk_bit_by_bit(
     assert other.examples.to_dict() == memory.examples.to_dict()  # type: ignore[union-attr]
     assert other.examples.features == memory.examples.features  # type: ignore[union-attr]
     assert other.num_bytes == memory.num_bytes
+    assert other._bars == memory._bars
     for one, two in ((memory.draw(run, 3), other.draw(run, 3)) for _ in range(3)):
         assert torch.equal(one.inputs["input_ids"], two.inputs["input_ids"])
     for each in (memory, other):

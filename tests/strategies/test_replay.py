@@ -119,12 +119,12 @@ def test_weights_of_examples_count_in_their_term(
 ) -> None:
     run, replay = known("separate", 3.0)
     mixed = replay.transform_batch(run, batch(run, examples, 4))
-    mixed = mixed.altered(weights=torch.tensor([2.0, 0.0, 0.0, 0.0, 0.5, 1.5]))
+    mixed = mixed.altered(weights=torch.tensor([2.0, 0.0, 0.0, 0.0, 0.5, 2.5]))
     run.count_targets([mixed])
     outputs = run.objective.forward(run.model, mixed)
 
     (term,) = replay.loss_terms(run, mixed, outputs).values()
-    assert float(term.detach()) == pytest.approx(3 * (0.5 + 1.5) * OLD / 8, rel=1e-6)
+    assert float(term.detach()) == pytest.approx(3 * (0.5 + 2.5) * OLD / 8, rel=1e-6)
     total = float(run.objective.total(outputs, mixed).detach())
     assert total == pytest.approx(2 * NEW, rel=1e-6)
 
@@ -176,3 +176,14 @@ def test_two_strategies_draw_different_examples(
 
     drawn = [replay._memory.draw(run, 8).example_ids.tolist() for _ in range(5)]
     assert drawn != [agem._memory.draw(run, 8).example_ids.tolist() for _ in range(5)]
+
+
+def test_ratio_is_of_new_examples_whatever_another_strategy_has_added(
+    replaying: Callable[..., Any], examples: Callable[..., Any]
+) -> None:
+    run, replay = replaying(0.5)
+    mixed = replay.transform_batch(run, batch(run, examples, 4))
+    moved = mixed.to("cpu").altered(weights=None)
+
+    # half of the four new ones, not half of the six
+    assert len(replay.transform_batch(run, moved)) == 4 + 2 + 2

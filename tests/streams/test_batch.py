@@ -100,7 +100,7 @@ def test_candidates_are_of_the_labels_that_the_scenario_allows() -> None:
 
 
 def test_rows_of_a_part_are_not_the_task_losses() -> None:
-    parts = {"aside": Part(slice(1, 3), 2)}
+    parts = {"aside": Part(slice(1, 3), 2, 2)}
     logits = torch.tensor([[0.0, LN3]] * 4, requires_grad=True)
     for weights, factors in ((None, (1.0, 1.0)), (torch.tensor([2.0, 9.0, 9.0, 3.0]), (2.0, 3.0))):
         batch = heads(4, parts=parts, weights=weights)
@@ -130,10 +130,20 @@ def test_set_aside_takes_all_rows_with_their_targets() -> None:
     given = texts([[-100, 4, 5], [-100, -100, 6]]).counted(3, 2, 9)  # a share of nine rows
     aside = set_aside(given, "replay")
 
-    assert aside.parts == {"replay": Part(slice(0, 2), 3)}
+    assert aside.parts == {"replay": Part(slice(0, 2), 3, 2)}
     assert (aside.num_targets, aside.target_width, aside.rows) == (0, 2, 9)
     assert given.parts == {}  # as it was
     assert given.num_targets == 3
+
+
+def test_altered_batch_knows_what_was_counted() -> None:
+    given = texts([[-100, 4, 5], [-100, -100, 6]]).counted(3, 2, 9).to("meta")
+    found = given.altered(weights=torch.tensor([0.5, 2.0]))
+
+    assert found.weights is not None
+    assert found.weights.tolist() == [0.5, 2.0]
+    assert (found.num_targets, found.target_width, found.rows) == (3, 2, 9)
+    assert given.weights is None
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
@@ -211,13 +221,13 @@ def test_everything_moves_and_what_was_counted_stays_counted() -> None:
 
     assert {tensor.device.type for tensor in fields(moved).values()} == {"meta"}
     assert fields(moved).keys() == fields(given).keys()
-    assert moved.parts == given.parts == {"one": Part(slice(1, 2), 2)}
+    assert moved.parts == given.parts == {"one": Part(slice(1, 2), 2, 1)}
     assert (moved.num_targets, moved.target_width, moved.rows) == (1, 2, 2)
 
 
 def test_targets_that_are_counted_are_those_of_the_task_loss() -> None:
     labels = [[-100, 4, 5, 6], [-100, -100, 7, -100], [-100, 8, 9, -100]]
-    parts = {"one": Part(slice(0, 1), 3), "two": Part(slice(2, 3), 2)}
+    parts = {"one": Part(slice(0, 1), 3, 1), "two": Part(slice(2, 3), 2, 1)}
     assert texts(labels).num_targets == 6
     assert texts(labels, parts=parts).num_targets == 1
     assert texts(labels, parts=parts).own_rows.tolist() == [1]  # type: ignore[union-attr]
