@@ -137,8 +137,9 @@ def test_two_processes_are_one(
     results = json.loads((tmp_path / "results.json").read_text())
     for key in ("matrix", "test_sizes", "tasks"):
         assert results[key] == one.results[key]
-    for key in results["digests"].keys() - {"weights"}:  # equal but for rounding
+    for key in results["digests"].keys() - {"weights"}:  # which are close, and not equal
         assert results["digests"][key] == one.results["digests"][key]
+    assert [w["what"] for w in results["warnings"]] == [w["what"] for w in one.results["warnings"]]
     for key in ("steps", "examples", "state_bytes"):
         assert results["cost"][key] == one.results["cost"][key]
     # one process writes
