@@ -21,6 +21,7 @@ from clpeft.registry import STRATEGIES, Entry
 from clpeft.strategies.base import Strategy, StrategyConfig
 from clpeft.streams.base import check_stream
 from tests.running import compose, compose_only
+from tests.settings import side_by_side
 
 
 def refusal(*overrides: str) -> str:
@@ -455,10 +456,11 @@ SHIPPED = [(group, option.name) for group, options in catalogue().items() for op
 
 @pytest.mark.parametrize(("group", "name"), SHIPPED)
 def test_every_shipped_option_composes(group: str, name: str) -> None:
-    _, config = compose([f"{group}={name}"])
+    names = side_by_side(name) if group == "strategy" else [name]
+    _, config = compose([f"{group}=[{','.join(names)}]" if len(names) > 1 else f"{group}={name}"])
 
     if group == "strategy":
-        assert list(config.strategies) == [name]
+        assert list(config.strategies) == names
         assert dataclasses.is_dataclass(config.strategies[name])
     if group == "model":
         assert config.model.name == name
