@@ -21,7 +21,7 @@ from clpeft.registry import STRATEGIES, Entry
 from clpeft.strategies.base import Strategy, StrategyConfig
 from clpeft.streams.base import check_stream
 from tests.running import compose, compose_only
-from tests.settings import models_of, scenarios_of
+from tests.settings import models_of, scenarios_of, side_by_side
 
 
 def refusal(*overrides: str) -> str:
@@ -456,13 +456,15 @@ SHIPPED = [(group, option.name) for group, options in catalogue().items() for op
 
 @pytest.mark.parametrize(("group", "name"), SHIPPED)
 def test_every_shipped_option_composes(group: str, name: str) -> None:
+    names = side_by_side(name) if group == "strategy" else [name]
     fitting = []
     if group == "strategy":  # what it works with
-        fitting = [f"model={models_of(name)[0]}", f"stream.scenario={scenarios_of(name)[0]}"]
-    _, config = compose([f"{group}={name}", *fitting])
+        fitting = [f"model={models_of(*names)[0]}", f"stream.scenario={scenarios_of(*names)[0]}"]
+    chosen = f"[{','.join(names)}]" if len(names) > 1 else name
+    _, config = compose([f"{group}={chosen}", *fitting])
 
     if group == "strategy":
-        assert list(config.strategies) == [name]
+        assert list(config.strategies) == names
         assert dataclasses.is_dataclass(config.strategies[name])
     if group == "model":
         assert config.model.name == name

@@ -65,7 +65,7 @@ def test_scaled_gradients(
 
 def counting(targets: int, **parts: int) -> Any:
     """What `count_targets` looks at of a micro-batch."""
-    named = {name: Part(slice(0, 0), number) for name, number in parts.items()}
+    named = {name: Part(slice(0, 0), number, number) for name, number in parts.items()}
     return SimpleNamespace(num_targets=targets, parts=named)
 
 
