@@ -461,6 +461,10 @@ def test_every_shipped_option_composes(group: str, name: str) -> None:
     if group == "strategy":  # what it works with
         fitting = [f"model={models_of(*names)[0]}", f"stream.scenario={scenarios_of(*names)[0]}"]
     chosen = f"[{','.join(names)}]" if len(names) > 1 else name
+    if group == "experiment/tune":
+        group, chosen = "experiment", f"tune/{name}"
+        names = side_by_side(name)
+        fitting = [f"model={models_of(*names)[0]}", f"stream.scenario={scenarios_of(*names)[0]}"]
     _, config = compose([f"{group}={chosen}", *fitting])
 
     if group == "strategy":

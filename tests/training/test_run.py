@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from clpeft.streams.batch import Part
+from clpeft.streams.batch import NO_EXAMPLE, Part
 from clpeft.streams.batching import Columns
 from clpeft.training.run import Run
 
@@ -103,7 +103,7 @@ def test_terms_of_two_processes_are_those_of_one(
 ) -> None:
     # one of them has three targets and the sum 5, the other one and the sum 2
     monkeypatch.setattr(Run, "world_size", 2)
-    monkeypatch.setattr(plain_run, "summed", lambda numbers: np.array([6.0, 3.0 + 1.0]))
+    monkeypatch.setattr(plain_run, "summed", lambda numbers: np.array([6.0, 3.0 + 1.0, 2.0]))
     plain_run.count_targets([counting(3, replay=3)])
     parts = [float(plain_run.per_target(torch.tensor(x), "replay")) for x in (5.0, 2.0)]
 
@@ -134,14 +134,15 @@ def test_shares_of_processes_are_the_whole(
         monkeypatch.setattr(Run, "rank", rank)
         batch = plain_run.shared_batch(columns, rows)
         own = plain_run.share_of(rows)
-        ids = columns.numbers["example_id"][own]
-        assert batch.example_ids.tolist() == ids.tolist()
         assert batch.rows == size
         if rank < size:
+            ids = columns.numbers["example_id"][own]
+            assert batch.example_ids.tolist() == ids.tolist()
             seen += own.tolist()
         else:  # it runs the model as the others do, and adds nothing
             assert (len(batch), batch.num_targets) == (1, 0)
             assert (batch.labels == -100).all()
+            assert batch.example_ids.tolist() == [NO_EXAMPLE]
         targets += batch.num_targets
     assert sorted(seen) == sorted(rows.tolist())
     assert targets == plain_run.batch(columns, rows).num_targets
