@@ -11,6 +11,7 @@ from torch import Tensor
 from clpeft.config import Config, ConfigError
 from clpeft.registry import STRATEGIES
 from clpeft.strategies.base import Evidence
+from clpeft.strategies.rehearsal import EarlyRehearsal
 from clpeft.strategies.replay import Replay, ReplayConfig
 
 if TYPE_CHECKING:
@@ -36,17 +37,19 @@ def asymmetric_candidates(new: Tensor, labels: Tensor) -> Tensor:
 
 
 @STRATEGIES.register("er_ace", config=ERACEConfig)
-class ERACE(Replay):
+class ERACE(EarlyRehearsal, Replay):
     """Replay with L_ce(new; C_curr) + weight · L_ce(replayed; C_old ∪ C_curr).
 
-    A new example's cross-entropy is over the classes of its own task, so that it does not push down
-    the scores of earlier classes, and what was learned of those is not moved all at once; the
-    memory's examples decide between old and new. With `mixing=separate` (as in the paper) the two
-    are means of their own, with `ratio` one mean over all.
+    A new example's cross-entropy is over the classes of its own task: it does not push down the
+    scores of earlier classes, and what was learned of those is not moved all at once. To tell old
+    from new is left to the memory, which therefore holds examples of the current task too, from its
+    beginning on; without them nothing would ever speak for a new class against an old one. With
+    `mixing=separate` (as in the paper) the two are means of their own, with `ratio` one mean over
+    all. In the first task there are no earlier classes, and nothing is replayed.
 
-    The paper's C_curr are the classes in the incoming batch, because it knows of no tasks. Here it
-    is the classes of the current task: what is in a batch would hang on its size, on micro-batches
-    and on how processes share it.
+    The paper's C_curr are the classes in the incoming batch, because it knows of no tasks, and its
+    memory is filled batch by batch. Here they are the classes of the current task: what is in a
+    batch would hang on its size, on micro-batches and on how processes share it.
 
     Source: Caccia et al. 2022, New Insights on Reducing Abrupt Representation Change in Online
         Continual Learning.
@@ -74,11 +77,14 @@ class ERACE(Replay):
         own = torch.zeros(len(stream.label_names), dtype=torch.bool)
         own[stream.global_labels(task.index)] = True
         self._own = own.to(run.device)
+        self._task = task.index
 
     def transform_batch(self, run: Run, batch: Batch) -> Batch:
-        mixed = super().transform_batch(run, batch)
-        assert run.task is not None
-        candidates = asymmetric_candidates(mixed.task_ids == run.task.index, self._own)
-        if mixed.candidates is not None:
-            candidates &= mixed.candidates
-        return mixed.altered(candidates=candidates)
+        # what another strategy replays is of earlier tasks
+        candidates = asymmetric_candidates(batch.task_ids == self._task, self._own)
+        if batch.candidates is not None:
+            candidates &= batch.candidates
+        return super().transform_batch(run, batch.altered(candidates=candidates))
+
+    def _due(self, batch: Batch) -> int:
+        return super()._due(batch) if self._task else 0

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from clpeft.registry import STRATEGIES
 from clpeft.strategies.base import Evidence
-from clpeft.strategies.rehearsal import Rehearsal, RehearsalConfig
+from clpeft.strategies.rehearsal import EarlyRehearsal, RehearsalConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,16 +35,16 @@ class GDumbConfig(RehearsalConfig):
 
 
 @STRATEGIES.register("gdumb", config=GDumbConfig)
-class GDumb(Rehearsal):
+class GDumb(EarlyRehearsal):
     """A greedy sampler and a dumb learner: nothing is learned but what the memory holds.
 
-    As a task arrives its examples enter the memory; then the trainable parameters are set back to
-    their first values and trained on the memory, for the epochs of any task. What it reaches shows
-    how much of other strategies' scores their memory alone would give.
+    As a task arrives the trainable parameters are set back to their first values, its examples
+    enter the memory, and the model is trained on the memory, for the epochs of any task. What it
+    reaches shows how much of other strategies' scores their memory alone would give.
 
     The first values are kept beside the model, in the CPU's memory: with `peft=full`, a second
-    copy of it. No checkpoint holds them, since the run's seed makes them again. With `herding` and
-    `uncertainty`, which ask the model, it is asked as it begins the task: at its first values.
+    copy of it. No checkpoint holds them, since the run's seed makes them again. `herding` and
+    `uncertainty` ask the model as it begins the task: at these values.
 
     Source: Prabhu et al. 2020, GDumb: A Simple Approach that Questions Our Progress in Continual
         Learning; the memory's balance as in `class_balanced`.
@@ -74,7 +74,6 @@ class GDumb(Rehearsal):
     def setup(self, run: Run) -> None:
         super().setup(run)
         self._first = [p.detach().to("cpu", copy=True) for p in run.trainable.values()]
-        self._entered = 0  # tasks whose examples the memory was shown
         self._earlier = 0  # examples of earlier tasks among those trained on
 
     def before_task(self, run: Run, task: EncodedTask) -> None:
@@ -83,9 +82,7 @@ class GDumb(Rehearsal):
                 parameter.copy_(value)
 
     def train_examples(self, run: Run, task: EncodedTask, examples: Dataset) -> Dataset:
-        if self._entered <= task.index:  # else the run goes on within the task
-            self._memory.add(run, run.admitted(task, task.train, self.name))
-            self._entered = task.index + 1
+        super().train_examples(run, task, examples)
         kept = self._memory.examples
         assert kept is not None
         self._earlier = len(self._memory) - len(self._memory.rows_of_task(task.index))
@@ -94,13 +91,3 @@ class GDumb(Rehearsal):
     def transform_gradients(self, run: Run) -> Mapping[str, float | Tensor]:
         """Changes none; logs how much of what is trained on is earlier tasks'."""
         return {f"{self.name}/earlier_examples": self._earlier}
-
-    def after_task(self, run: Run, task: EncodedTask) -> None:
-        """The memory has the task's examples already."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "entered": self._entered}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self._entered = state["entered"]

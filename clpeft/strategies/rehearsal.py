@@ -13,6 +13,8 @@ from clpeft.strategies.base import Strategy, StrategyConfig
 from clpeft.strategies.memory import BUDGETS, SELECTIONS, Memory
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from clpeft.streams.batch import Batch
     from clpeft.streams.tokenize import EncodedTask
     from clpeft.training.run import Run
@@ -44,6 +46,10 @@ class Rehearsal(Strategy):
         )
 
     def after_task(self, run: Run, task: EncodedTask) -> None:
+        self._remember(run, task)
+
+    def _remember(self, run: Run, task: EncodedTask) -> None:
+        """Shows the memory a task's examples."""
         rows = self._memory.add(run, run.admitted(task, task.train, self.name))
         self._remembered(run, task, rows)
 
@@ -94,3 +100,30 @@ class Mixing(Rehearsal):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self._owed = state["owed"]
+
+
+class EarlyRehearsal(Rehearsal):
+    """Keeps examples of each task in a memory from the task's beginning on.
+
+    A selection that asks the model asks it as it begins the task.
+    """
+
+    def setup(self, run: Run) -> None:
+        super().setup(run)
+        self._entered = 0  # tasks whose examples the memory was shown
+
+    def train_examples(self, run: Run, task: EncodedTask, examples: Dataset) -> Dataset:
+        if self._entered <= task.index:  # else the run goes on within the task
+            self._remember(run, task)
+            self._entered = task.index + 1
+        return examples
+
+    def after_task(self, run: Run, task: EncodedTask) -> None:
+        """The memory has the task's examples already."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "entered": self._entered}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._entered = state["entered"]

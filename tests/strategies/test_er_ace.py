@@ -48,40 +48,49 @@ def classes(regression: Callable[..., Any], examples: Examples) -> Callable[...,
         )
         for strategy in strategies:
             strategy.setup(run)
-        for index in (0, 1):
+        old = examples([[1]] * 6, labels=[1] * 6)
+        new = examples([[1]] * 2, labels=[2, 3], task=1)
+        for index, train in enumerate((old, new)):
             # as in the class-incremental scenario: every label seen so far, for all examples
             seen = torch.arange(5) < 2 * index + 2
             run.objective = ClassificationObjective(seen.repeat(3, 1))
-            old = examples([[1]] * 6, labels=[1] * 6)
-            run.task = SimpleNamespace(index=index, train=old)
+            run.task = SimpleNamespace(index=index, train=train)
             for strategy in strategies:
                 strategy.before_task(run, run.task)
+            for strategy in strategies:
+                assert strategy.train_examples(run, run.task, train) is train
             if index == 0:
                 for strategy in strategies:
                     strategy.after_task(run, run.task)
-        new = examples([[1]] * 2, labels=[2, 3], task=1)
         return run, run.shared_batch(Columns(new), np.arange(2))
 
     return make
 
 
+def dealing(strategy: Replay, *rows: int) -> None:
+    """The memory deals these rows out: 0 to 5 are of the first task, 6 and 7 of the second."""
+    strategy._memory.sample = lambda count: torch.tensor(rows)  # type: ignore[method-assign]
+
+
 NEW = (math.log(7 / 3) + math.log(7 / 4)) / 2  # 3 and 4 of 3 + 4
 OLD = math.log(10 / 2)  # 2 of 1 + 2 + 3 + 4
+AGAIN = math.log(10 / 3)  # 3 of all
 
 
-def test_new_examples_compete_among_themselves_and_old_ones_with_all(
+def test_new_examples_compete_among_themselves_and_replayed_ones_with_all(
     classes: Callable[..., Any],
 ) -> None:
     strategy = ERACE(ERACEConfig(**MEMORY, ratio=1.5, mixing="separate", weight=2.0))
     run, batch = classes(strategy)
+    dealing(strategy, 0, 6, 1)
     (gradient,), logs = backward(run, [strategy], [batch])
 
     assert logs == {
         "train/loss/task": pytest.approx(NEW, rel=1e-6),
-        "train/loss/er_ace": pytest.approx(2 * OLD, rel=1e-6),
+        "train/loss/er_ace": pytest.approx(2 * (2 * OLD + AGAIN) / 3, rel=1e-6),
     }
     # the new examples leave the old labels alone: only the term moves them; nothing moves the last
-    expected = [2 / 10, 2 * (2 / 10 - 1), 2 * 3 / 10, 2 * 4 / 10, 0.0]
+    expected = [2 / 10, 2 * (2 / 10 - 2 / 3), 2 * (3 / 10 - 1 / 3), 2 * 4 / 10, 0.0]
     expected[2] += 3 / 7 - 1 / 2
     expected[3] += 4 / 7 - 1 / 2
     assert gradient.tolist() == pytest.approx(expected, rel=1e-5)
@@ -90,8 +99,38 @@ def test_new_examples_compete_among_themselves_and_old_ones_with_all(
 def test_one_mean_over_both(classes: Callable[..., Any]) -> None:
     strategy = ERACE(ERACEConfig(**MEMORY, ratio=1.5, mixing="ratio", weight=1.0))
     run, batch = classes(strategy)
+    dealing(strategy, 0, 6, 1)
     _, logs = backward(run, [strategy], [batch])
-    assert logs == {"train/loss/task": pytest.approx((2 * NEW + 3 * OLD) / 5, rel=1e-6)}
+    assert logs == {"train/loss/task": pytest.approx((2 * NEW + 2 * OLD + AGAIN) / 5, rel=1e-6)}
+
+
+def test_memory_has_examples_of_the_current_task(classes: Callable[..., Any]) -> None:
+    strategy = ERACE(ERACEConfig(**MEMORY, ratio=1.0, mixing="separate", weight=1.0))
+    run, _ = classes(strategy)
+    assert strategy._memory.columns.numbers["label"].tolist() == [1] * 6 + [2, 3]
+    strategy.after_task(run, run.task)
+    assert strategy._memory.seen == 8  # each once
+
+
+def test_going_on_within_a_task_adds_nothing(classes: Callable[..., Any]) -> None:
+    strategy = ERACE(ERACEConfig(**MEMORY, ratio=1.0, mixing="separate", weight=1.0))
+    run, _ = classes(strategy)
+    again = ERACE(strategy.config)
+    again.setup(run)
+    again.load_state_dict(strategy.state_dict())
+    again.train_examples(run, run.task, run.task.train)
+    assert again._memory.seen == 8
+
+
+def test_nothing_is_replayed_in_the_first_task(
+    classes: Callable[..., Any],
+) -> None:
+    strategy = ERACE(ERACEConfig(**MEMORY, ratio=1.0, mixing="separate", weight=1.0))
+    run, batch = classes(strategy)
+    strategy.before_task(run, SimpleNamespace(index=0))  # type: ignore[arg-type]
+    assert len(strategy.transform_batch(run, batch)) == len(batch)
+    strategy.before_task(run, run.task)
+    assert len(strategy.transform_batch(run, batch)) == 2 * len(batch)
 
 
 def test_labels_of_the_task_compete_whatever_is_in_the_batch(
@@ -112,6 +151,7 @@ def test_what_another_strategy_replays_competes_with_all(
     replay = Replay(ReplayConfig(**MEMORY, ratio=1.0, mixing="ratio", weight=1.0))
     order = [replay, strategy] if turned else [strategy, replay]
     run, batch = classes(*order)
+    dealing(replay, 0, 1)
     _, logs = backward(run, order, [batch])
     assert logs == {"train/loss/task": pytest.approx((2 * NEW + 2 * OLD) / 4, rel=1e-6)}
 

@@ -60,13 +60,14 @@ def head(regression: Callable[..., Any], examples: Examples) -> Callable[[Replay
         )
         strategy.setup(run)
         old = examples([[i % 5] for i in range(14)], labels=[i % 2 for i in range(14)], task=0)
-        for index in (0, 1):
-            run.task = SimpleNamespace(train=old, index=index)
+        new = examples([[i % 5] for i in range(7)], labels=[2 + i % 2 for i in range(7)], task=1)
+        for index, train in enumerate((old, new)):
+            run.task = SimpleNamespace(train=train, index=index)
             strategy.before_task(run, run.task)
+            strategy.train_examples(run, run.task, train)
             if index == 0:
                 strategy.after_task(run, run.task)
         run.step = 7
-        new = examples([[i % 5] for i in range(7)], labels=[2 + i % 2 for i in range(7)], task=1)
         return run, strategy, Columns(new)
 
     return make
@@ -116,7 +117,8 @@ def dealt(monkeypatch: pytest.MonkeyPatch) -> None:
     ) -> Tensor:
         start = vars(self).setdefault("dealt", 0)
         self.dealt = start + count  # type: ignore[attr-defined]
-        return torch.arange(start, start + count)
+        # from the end too, where a memory may hold examples of the current task
+        return torch.arange(start, start + count) * 3 % len(self)
 
     monkeypatch.setattr(Memory, "sample", sample)
 
