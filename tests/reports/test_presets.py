@@ -21,6 +21,7 @@ from clpeft.reports.runs import collect_runs
 from clpeft.reports.selection import Winner, select
 from clpeft.sweeps import expand
 from tests.running import compose
+from tests.settings import in_turns
 
 TUNED = [entry.name for entry in STRATEGIES]
 COMMAND = "clpeft -m experiment=[standard_cl_minilm,tune/ewc] model.path=/home/me/minilm seed=0"
@@ -117,7 +118,7 @@ def test_every_strategy_has_a_sweep() -> None:
     assert {option.name for option in catalogue()["experiment/tune"]} == set(TUNED)
 
 
-@pytest.mark.parametrize("name", TUNED)
+@pytest.mark.parametrize("name", in_turns(TUNED, 1))
 def test_sweep_tries_learning_rates_and_the_strategys_own_settings(name: str) -> None:
     planned = expand([f"experiment=tune/{name}"])
     rates = {run.composed.optimizer.lr for run in planned}
