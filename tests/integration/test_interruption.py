@@ -52,9 +52,13 @@ def adapters(outcome: Outcome) -> list[Path]:
 
 
 def timeless(results: dict[str, Any]) -> dict[str, Any]:
-    """What results.json says, without what the clock and the machine's memory decide."""
+    """What results.json says, without what the clock and the machine's memory decide.
+
+    And without the commit, since someone may commit while the tests run.
+    """
+    environment = {k: v for k, v in results["environment"].items() if k != "git_commit"}
     cost = {k: v for k, v in results["cost"].items() if "second" not in k and "peak" not in k}
-    return results | {"cost": cost}
+    return results | {"cost": cost, "environment": environment}
 
 
 def killed_at(overrides: list[str], directory: Path, step: int) -> None:
