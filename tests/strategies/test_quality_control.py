@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -304,6 +305,21 @@ def test_likeliest_answers_are_those_that_are_scored(
         assert float(right) == evaluator.score(task, 2)
         places = {int(place) for place in own}
         assert places == {*range(4)} if scenario == "task" or task.index == 0 else {*range(4, 8)}
+
+
+def test_answer_that_tasks_share_is_one_candidate(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = finished("finetune", "stream.num_tasks=2", "stream.scenario=class").run
+    shared = run.stream.answers[:4]
+    monkeypatch.setattr(run, "stream", dataclasses.replace(run.stream, answers=shared * 2))
+    task = run.stream.tasks[1]
+    probabilities, own = readings.answer_probabilities(run, task, task.test)
+    labels = torch.tensor(task.test["label"])
+
+    assert probabilities.shape == (16, 4)
+    assert own.tolist() == (labels - 4).tolist()
+    torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(16))
 
 
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_bert", "tiny_t5"])
