@@ -355,12 +355,15 @@ def test_memory_holds_what_was_admitted(finished: Finished) -> None:
     assert outcome.logged_steps[-1]["train/quality/near_duplicate"] > 0
 
 
+@pytest.mark.parametrize("selection", ["reservoir", "herding"])
 def test_empty_memory_is_told_and_trained_without(
-    finished: Finished, tiny: Overrides, tmp_path: Path
+    finished: Finished, tiny: Overrides, tmp_path: Path, selection: str
 ) -> None:
-    outcome = run_it(
-        tiny("quality_control", "strategies.quality_control.min_tokens=1000"), tmp_path
+    more = (
+        f"strategies.replay.selection={selection}",
+        "strategies.quality_control.min_tokens=1000",
     )
+    outcome = run_it(tiny("quality_control", *more), tmp_path)
 
     assert same_bits(outcome.after, finished("finetune").after)
     log = (tmp_path / "run.log").read_text()
