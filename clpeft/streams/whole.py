@@ -23,7 +23,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from clpeft.streams.prompts import ANSWER
-from clpeft.streams.tokenize import answer_tokens, input_texts
+from clpeft.streams.tokenize import ROWS_AT_ONCE, answer_tokens, input_texts
 
 if TYPE_CHECKING:
     import pyarrow
@@ -125,6 +125,15 @@ def encode_whole(encoder: Encoder, task: Task, rows: pyarrow.Table, limit: int) 
         The columns that batches are made of. Rows that do not fit even without their inputs are
         left out.
     """
+    import pyarrow
+
+    starts = range(0, max(len(rows), 1), ROWS_AT_ONCE)
+    return pyarrow.concat_tables(
+        [_portion(encoder, task, rows.slice(start, ROWS_AT_ONCE), limit) for start in starts]
+    )
+
+
+def _portion(encoder: Encoder, task: Task, rows: pyarrow.Table, limit: int) -> pyarrow.Table:
     import pyarrow
 
     tokenizer = encoder.tokenizer

@@ -225,6 +225,21 @@ def test_distillation_is_divided_by_the_targets_of_all_processes(
     assert steps[-1]["train/loss/lwf"] > 1e-3
 
 
+def test_writing_is_shared_by_batches(finished: Finished, tiny: Overrides, tmp_path: Path) -> None:
+    """Three batches a round over two processes, and the same words come of it, in their order."""
+    more = [f"strategies.generative_replay.{s}" for s in ("batch_size=3", "max_attempts=3")]
+    short = (*COMPARABLE, *more, "training.epochs=1")
+    one = finished("generative_replay", *short)
+    together(tiny("generative_replay", *short), tmp_path)
+
+    (alone,) = (one.directory / "generated").iterdir()
+    (shared,) = (tmp_path / "generated").iterdir()
+    lines = alone.read_text().splitlines()
+    assert shared.read_text().splitlines() == lines
+    assert len(lines) > 9
+    assert len({*lines}) > 9  # not one batch's again and again
+
+
 @pytest.mark.parametrize("name", ["olora", "replay"])
 def test_one_process_asked_to_stop_stops_all(tiny: Overrides, tmp_path: Path, name: str) -> None:
     # with dropout, whose masks each process draws by itself

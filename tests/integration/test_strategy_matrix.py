@@ -33,6 +33,7 @@ from tests.settings import (
     STRATEGY_SETTINGS,
     TASK_TYPES,
     VARIED,
+    base_of,
     in_turns,
     models_of,
     scenarios_of,
@@ -370,7 +371,7 @@ def test_accumulated_micro_batches_make_the_step_of_one_batch(
     dropout would draw other masks. SGD rather than Adam, whose division by √v blows the rounding of
     tiny gradients up.
     """
-    draws = STRATEGY_SETTINGS[name].draws
+    draws = STRATEGY_SETTINGS[base_of(name)].draws
     bucketed = batching.bucketed_batches
 
     def halves(lengths: np.ndarray, batch_size: int, *, seed: int, epoch: int) -> list[np.ndarray]:

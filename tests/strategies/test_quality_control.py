@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -306,6 +307,21 @@ def test_likeliest_answers_are_those_that_are_scored(
         assert places == {*range(4)} if scenario == "task" or task.index == 0 else {*range(4, 8)}
 
 
+def test_answer_that_tasks_share_is_one_candidate(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = finished("finetune", "stream.num_tasks=2", "stream.scenario=class").run
+    shared = run.stream.answers[:4]
+    monkeypatch.setattr(run, "stream", dataclasses.replace(run.stream, answers=shared * 2))
+    task = run.stream.tasks[1]
+    probabilities, own = readings.answer_probabilities(run, task, task.test)
+    labels = torch.tensor(task.test["label"])
+
+    assert probabilities.shape == (16, 4)
+    assert own.tolist() == (labels - 4).tolist()
+    torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(16))
+
+
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_bert", "tiny_t5"])
 def test_targets_are_counted_as_in_training(finished: Finished, model: str) -> None:
     run = finished("finetune", "stream.num_tasks=2", "stream.scenario=task", model=model).run
@@ -339,12 +355,15 @@ def test_memory_holds_what_was_admitted(finished: Finished) -> None:
     assert outcome.logged_steps[-1]["train/quality/near_duplicate"] > 0
 
 
+@pytest.mark.parametrize("selection", ["reservoir", "herding"])
 def test_empty_memory_is_told_and_trained_without(
-    finished: Finished, tiny: Overrides, tmp_path: Path
+    finished: Finished, tiny: Overrides, tmp_path: Path, selection: str
 ) -> None:
-    outcome = run_it(
-        tiny("quality_control", "strategies.quality_control.min_tokens=1000"), tmp_path
+    more = (
+        f"strategies.replay.selection={selection}",
+        "strategies.quality_control.min_tokens=1000",
     )
+    outcome = run_it(tiny("quality_control", *more), tmp_path)
 
     assert same_bits(outcome.after, finished("finetune").after)
     log = (tmp_path / "run.log").read_text()

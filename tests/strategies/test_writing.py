@@ -77,6 +77,7 @@ def scripted(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[W
 
 def test_each_draft_is_kept_or_told_why(run: Run, scripted: Any) -> None:
     task = run.stream.tasks[0]
+    run.model.train()  # which `Scripted` would object to
     end, pad = run.tokenizer.eos_token_id, run.tokenizer.pad_token_id
     whole = f"{LETTER}\nAnswer: north"
     copied = task.task.train[3]["text"]
@@ -95,6 +96,7 @@ def test_each_draft_is_kept_or_told_why(run: Run, scripted: Any) -> None:
     writer, script = scripted(*lines, batch_size=9, max_attempts=1)
     drafts = writer.write(task, 9, -5, "purpose")
 
+    assert run.model.training
     assert [draft.why for draft in drafts] == [
         *(None, "unfinished", "special_token", "no_answer", "several_answers"),
         *("unknown_answer", "empty", None, "no_answer"),

@@ -10,6 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from clpeft.streams import whole
 from clpeft.streams.base import Stream
 from clpeft.streams.tokenize import Encoder, encode_stream
 from clpeft.streams.whole import Flaw, Whole, encode_whole, parsed, request, written
@@ -157,6 +158,18 @@ def test_inputs_are_cut_and_answers_are_not(
     # a decoder has its limit for itself
     alone = rows_of(encoding(folder_stream(tmp_path), "seq2seq_lm"), limit=2 + 1 + 1 + 2)
     assert alone["labels"] == [ids("a big Answer : small </s>")]
+
+
+def test_many_rows_are_encoded_in_portions(
+    two_tasks: Path, folder_stream: Any, encoding: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = encoding(folder_stream(two_tasks, tasks=["size"]), "causal_lm")
+    at_once = rows_of(encoder)
+    monkeypatch.setattr(whole, "ROWS_AT_ONCE", 2)
+    assert rows_of(encoder) == at_once
+    task = encoder.stream.tasks[0]
+    none = task.train.with_format("arrow")[:].slice(0, 0)
+    assert encode_whole(encoder, task, none, 64).num_rows == 0
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
