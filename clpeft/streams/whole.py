@@ -10,7 +10,7 @@ with the end-of-sequence token after it. The request is made of ordinary words, 
 of a new token has to be trained, which an adapter would leave frozen. What stands before a text is
 told from the same words inside it: there they are written with one colon more.
 
-Source: Sun et al. 2020, LAMOL (section 3.2, there with special tokens, trained with all of the
+Source: Sun et al. 2020, LAMOL (section 3; there with special tokens, trained with all of the
     model); Qin & Joty 2022, LFPT5 (prompts in their place beside a frozen model).
 """
 
