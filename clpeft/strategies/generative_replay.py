@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from clpeft.config import above, at_least
+from clpeft.config import ConfigError, above, at_least
 from clpeft.models.load import positions
 from clpeft.registry import STRATEGIES
 from clpeft.strategies.arrow import from_bytes, to_bytes
@@ -21,7 +21,7 @@ from clpeft.strategies.writing import Draft, Writer, tabulated
 from clpeft.streams.batch import Batch, concatenate, set_aside
 from clpeft.streams.batching import Columns
 from clpeft.streams.tokenize import Encoder
-from clpeft.streams.whole import encode_whole
+from clpeft.streams.whole import encode_whole, request
 
 if TYPE_CHECKING:
     import pyarrow
@@ -66,10 +66,10 @@ class GenerativeReplay(Strategy):
     its name, its prompt and its answer words. What the model wrote, with what became of it, is left
     in `generated/<t>_<task>.jsonl` of the run's directory.
 
-    Constants: λ = 0.25, top-k 20, a ratio of 0.2, as in LAMOL.
+    Constants in LAMOL: λ = 0.25, top-k 20, a ratio of 0.2.
 
     Source: Shin et al. 2017, Continual Learning with Deep Generative Replay; Sun et al. 2020,
-        LAMOL: LAnguage MOdeling for Lifelong Language Learning (equation 1 and section 3.2).
+        LAMOL: LAnguage MOdeling for Lifelong Language Learning (section 3).
     """
 
     config: GenerativeReplayConfig
@@ -86,8 +86,20 @@ class GenerativeReplay(Strategy):
         self._limit = int(min(self._encoder.max_length, positions(run.model)))
         self._task = 0  # the last one that examples were generated for; the first needs none
         self._generated: dict[int, pyarrow.Table] = {}  # what it is trained on, by their task
-        self._ever = 0  # examples generated so far, over all tasks
+        self._ever = 0  # drafts so far, over all tasks; they give the examples their ids
         self._facts: dict[str, int] = {}
+        for task in stream.tasks:
+            self._check_room(task)
+
+    def _check_room(self, task: EncodedTask) -> None:
+        """Refuses a length that the request alone takes up."""
+        (asked,) = self._encoder.prompt_tokens([request(task.name)])
+        if self._encoder.task_type == "causal_lm" and len(asked) >= self._limit:
+            raise ConfigError(
+                f"{self.name} asks for examples of task '{task.name}' in {len(asked)} tokens, "
+                f"which leaves no room for one within {self._limit}; set stream.max_length higher, "
+                f"or take a model that reads more."
+            )
 
     def train_examples(self, run: Run, task: EncodedTask, examples: Dataset) -> Dataset:
         from datasets import Dataset, concatenate_datasets

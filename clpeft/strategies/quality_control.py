@@ -133,7 +133,10 @@ class QualityControl(Strategy):
             if left:
                 against = judge(run, task, examples.select(left), beside)
                 found |= {left[row]: reason for row, reason in against.items()}
-        self._count(task, len(examples), found, source)
+        # what a generator lacks it writes again, and tells of itself
+        kept_for_good = max(examples["example_id"], default=-1) >= 0
+        level = logging.WARNING if kept_for_good and len(found) == len(examples) else logging.INFO
+        self._count(task, len(examples), found, source, level)
         return found
 
     def transform_gradients(self, run: Run) -> Mapping[str, float | Tensor]:
@@ -163,13 +166,14 @@ class QualityControl(Strategy):
         counts = zip(REASONS, self._dropped.tolist(), strict=True)
         return {reason: count for reason, count in counts if reason in used}
 
-    def _count(self, task: EncodedTask, shown: int, found: Mapping[int, str], source: str) -> None:
+    def _count(
+        self, task: EncodedTask, shown: int, found: Mapping[int, str], source: str, level: int
+    ) -> None:
         counts = Counter(found.values())
         self._shown += shown
         self._dropped += torch.tensor([counts[reason] for reason in REASONS])
-        nothing = shown and len(found) == shown
         log.log(
-            logging.WARNING if nothing else logging.INFO,
+            level,
             "quality_control: %d of %d examples of '%s' may enter %s%s",
             *(shown - len(found), shown, task.name, source),
             "".join(f", {count} {reason}" for reason, count in sorted(counts.items())),

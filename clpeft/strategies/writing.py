@@ -165,11 +165,10 @@ class Writer:
         if self._special & {*body}:
             return Draft(example_id, text, why=Flaw.SPECIAL_TOKEN)
         found = parsed(text, num_texts(task))
-        if isinstance(found, Whole) and (flaw := self._unfit(task, found.answer)):
-            return Draft(example_id, text, why=flaw)
         if isinstance(found, Flaw):
             return Draft(example_id, text, why=found)
-        return Draft(example_id, text, found)
+        flaw = self._unfit(task, found.answer)
+        return Draft(example_id, text, found) if flaw is None else Draft(example_id, text, why=flaw)
 
     def _unfit(self, task: Task, answer: str) -> Flaw | None:
         """Why an answer is none to this task."""

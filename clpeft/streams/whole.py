@@ -10,8 +10,8 @@ with the end-of-sequence token after it. The request is made of ordinary words, 
 of a new token has to be trained, which an adapter would leave frozen. What stands before a text is
 told from the same words inside it: there they are written with one colon more.
 
-Source: Sun et al. 2020, LAMOL (section 3.2, there with special tokens, trained with all of the
-    model); Qin & Joty 2022, LFPT5 (prompts in their place beside a frozen model).
+Source: Sun et al. 2020, LAMOL (section 3; there with special tokens, all of the model being
+    trained); Qin & Joty 2022, LFPT5 (with prompts that are trained, beside a frozen model).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from datasets import concatenate_datasets
 
 from clpeft.composition import settle
 from clpeft.config import ConfigError
-from clpeft.strategies import writing
+from clpeft.strategies import generative_replay, writing
 from clpeft.strategies.generative_replay import (
     GenerativeReplay,
     GenerativeReplayConfig,
@@ -379,6 +379,14 @@ def test_rows_that_do_not_fit_are_told(
         "generative_replay: 32 examples that task 'ashford' is trained on do not fit into 5 tokens "
         "even without their inputs, so that the model does not learn to write them"
     ]
+
+
+def test_length_that_the_request_takes_up_is_refused(
+    tiny: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generative_replay, "positions", lambda model: 7)
+    with pytest.raises(ConfigError, match=r"task 'ashford' in \d+ tokens, .* within 7; set stream"):
+        build_it(tiny("generative_replay"), tmp_path)
 
 
 @pytest.mark.parametrize("model", ["tiny_bert", "bert_base"])

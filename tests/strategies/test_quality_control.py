@@ -248,11 +248,15 @@ def test_nothing_left_is_a_warning(
     control = controlling(min_tokens=2)
     control.objections(bigrams(9), TASK, examples([[1], [2, 3]]), None, "replay")
     control.objections(bigrams(9), TASK, examples([[1], [2]]), None, "replay")
+    # a generator may write more, and tells of it if that does not help
+    written = examples([[1]]).remove_columns("example_id").add_column("example_id", [-1])
+    control.objections(bigrams(9), TASK, written, None, "generative_replay")
 
-    assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
+    assert [record.levelname for record in caplog.records] == ["INFO", "WARNING", "INFO"]
     assert caplog.messages == [
         "quality_control: 1 of 2 examples of 'a' may enter replay, 1 too_short",
         "quality_control: 0 of 2 examples of 'a' may enter replay, 2 too_short",
+        "quality_control: 0 of 1 examples of 'a' may enter generative_replay, 1 too_short",
     ]
 
 
