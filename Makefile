@@ -64,8 +64,9 @@ format: $(DEV) ## let ruff put things in order
 	$(BIN)/ruff format .
 
 .PHONY: bench
-bench: $(DEV) ## speed against a bare loop and against transformers.Trainer
+bench: $(DEV) ## speed, and what every strategy costs; CLPEFT_DATA=<folder> MINILM=<folder> for all tables
 	$(BIN)/python -m benchmarks.speed
+	MINILM=$(MINILM) $(BIN)/python -m benchmarks.costs
 
 .PHONY: wheel
 wheel: $(DEV) ## build the wheel
