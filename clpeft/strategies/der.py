@@ -82,8 +82,8 @@ class DER(Mixing):
     that came later, as in the paper. Of a language model they are the `top_k` largest logits of
     each answer token (the mean is over them, then over the answer's tokens, then over examples, so
     that an example counts alike however long its answer is). They are compared as they are, not
-    about their mean: a softmax would not change if all of them moved alike, but the logits that
-    were not kept stay where they are, and against those the kept ones are to hold their level.
+    about their mean: a softmax does not change if all logits move alike, but it does if only the
+    kept ones do. The others are held by nothing of their own.
 
     z′ is read once, after the example's task, without dropout. The paper stores what the model
     said when an example passed by during training, into a memory that is read from the first step
