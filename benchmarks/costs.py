@@ -1,8 +1,9 @@
 """What every strategy costs against `finetune`: prints the tables of benchmarks/costs.md.
 
 Run it with `python -m benchmarks.costs`; the environment variable MINILM names a folder with
-all-MiniLM-L6-v2, without which only the small Llama is measured. Steps of the two take turns in one
-process; peak memory and what is kept come from runs in processes of their own.
+all-MiniLM-L6-v2, without which only the small Llama is measured. Two strategies take turns after
+every step, in one process and on one thread, which a machine with other work disturbs least. Peak
+memory and what is kept come from runs in processes of their own.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,12 @@ from rich.console import Console
 from benchmarks import fisher, growth
 from benchmarks.composed import config_of, loop_of
 from benchmarks.lanes import BATCH, Entry, Lane, side_by_side
-from benchmarks.spread import spread
+from benchmarks.spread import interval
 from clpeft.registry import STRATEGIES
 from clpeft.rundir import versions
 
-ROUNDS = 15
-STEPS = {"tiny_llama": 12, "minilm": 6}
+STEPS = {"tiny_llama": 400, "minilm": 120}
+PARTS = ("steps", "fisher", "growth")
 
 # the strategies as their YAMLs have them, and those settings that a cost hangs on
 ENTRIES = (
@@ -86,18 +88,6 @@ def model_overrides(model: str) -> list[str]:
     return [f"model={model}", *where]
 
 
-def step_times(model: str, rounds: int) -> dict[str, list[float]]:
-    """Ratios of step times to finetune's, by row, one per round."""
-    found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        plain = Lane([*model_overrides(model), "strategy=finetune"], Path(folder), STEPS[model])
-        for entry in entries(model):
-            overrides = [*model_overrides(model), *entry.overrides]
-            lane = Lane(overrides, Path(folder), STEPS[model])
-            found[entry.label] = side_by_side(plain, lane, rounds)
-    return found
-
-
 def kept(overrides: list[str]) -> dict[str, Any]:
     """A short run's costs: bytes kept after the second task and the third, seconds, peak."""
     small = [
@@ -124,51 +114,57 @@ def kept_apart(model: str, entry: Entry | None) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def table(model: str, rounds: int) -> list[str]:
-    """The table of one model, in Markdown."""
-    times = step_times(model, rounds)
-    plain = kept_apart(model, None)
-    lines = [
-        "| | step | asked at most | around a task | kept | of the adapter | peak memory |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for entry in entries(model):
-        cost = kept_apart(model, entry)
-        limit = "–" if entry.limit is None else f"{entry.limit:.3g} ×"
-        around = cost["strategy_seconds"] / plain["train_seconds"]
-        second, third = (cost["state_bytes"][task] / 1024 for task in (1, 2))
-        peak = cost["peak_memory_bytes"] / plain["peak_memory_bytes"]
-        lines.append(
-            f"| {entry.label} | {spread(times[entry.label])} × | {limit} | {around:.2f} × | "
-            f"{second:.0f}, {third:.0f} KiB | {third * 1024 / cost['adapter_bytes']:.1f} × | "
-            f"{peak:.2f} × |"
-        )
-    return lines
+def table(model: str) -> Iterator[str]:
+    """The lines of one model's table, in Markdown, as they are measured."""
+    apart = kept_apart(model, None)
+    yield "| | step | asked at most | around a task | kept | of the adapter | peak memory |"
+    yield "|---|---|---|---|---|---|---|"
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Lane([*model_overrides(model), "strategy=finetune"], Path(folder), STEPS[model])
+        for entry in entries(model):
+            overrides = [*model_overrides(model), *entry.overrides]
+            steps = side_by_side(plain, Lane(overrides, Path(folder), STEPS[model]))
+            cost = kept_apart(model, entry)
+            limit = "–" if entry.limit is None else f"{entry.limit:.3g} ×"
+            around = cost["strategy_seconds"] / apart["train_seconds"]
+            second, third = (cost["state_bytes"][task] / 1024 for task in (1, 2))
+            peak = cost["peak_memory_bytes"] / apart["peak_memory_bytes"]
+            yield (
+                f"| {entry.label} | {interval(steps)} × | {limit} | {around:.2f} × | "
+                f"{second:.0f}, {third:.0f} KiB | {third * 1024 / cost['adapter_bytes']:.1f} × | "
+                f"{peak:.2f} × |"
+            )
 
 
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--only", choices=PARTS, help="one of the parts instead of all")
     parser.add_argument("--kept", nargs="+", metavar="OVERRIDE", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    torch.set_num_threads(1)
     if given.kept:
         print(json.dumps(kept(given.kept)))
         return
     out = Console(width=140, highlight=False, soft_wrap=True, markup=False).print
     known = versions()
     out(
-        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.machine()}, "
-        f"torch {known['torch']}, transformers {known['transformers']}, peft {known['peft']}\n"
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} thread, {platform.machine()}, "
+        f"torch {known['torch']}, transformers {known['transformers']}, peft {known['peft']}"
     )
     models = ["tiny_llama", *(["minilm"] if os.environ.get("MINILM") else [])]
-    for model in models:
-        out(f"## {model}, LoRA, batches of {BATCH}, against finetune\n")
-        out("\n".join(table(model, given.rounds)) + "\n")
-    out("## Fisher information of single examples, against a forward and backward pass\n")
-    out("\n".join(fisher.table(models, model_overrides)) + "\n")
-    out("## Fifty tasks\n")
-    out("\n".join(growth.table(entries("tiny_llama"))) + "\n")
+    parts: list[tuple[str, str, Iterable[str]]] = [
+        ("steps", f"{model}, LoRA, batches of {BATCH}, against finetune", table(model))
+        for model in models
+    ]
+    title = "Fisher information of single examples, against a forward and backward pass"
+    parts.append(("fisher", title, fisher.table(models, model_overrides)))
+    parts.append(("growth", "Fifty tasks", growth.table(entries("tiny_llama"))))
+    for part, heading, lines in parts:
+        if given.only in (None, part):
+            out(f"\n## {heading}\n")
+            for line in lines:
+                out(line)
 
 
 if __name__ == "__main__":

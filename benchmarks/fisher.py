@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -19,15 +19,15 @@ EXAMPLES = 320
 ROUNDS = 9
 
 
-def table(models: list[str], model_overrides: Callable[[str], list[str]]) -> list[str]:
+def table(models: list[str], model_overrides: Callable[[str], list[str]]) -> Iterator[str]:
     """Ratios by model, kind of adapter and kind of Fisher, in Markdown."""
-    lines = ["| | empirical | sampled | exact |", "|---|---|---|---|"]
+    yield "| | empirical | sampled | exact |"
+    yield "|---|---|---|---|"
     for model in models:
         for peft in ("lora", "full"):
             ratios = measure([*model_overrides(model), f"peft={peft}"])
             cells = [f"{spread(ratios[kind])} ×" if kind in ratios else "–" for kind in KINDS]
-            lines.append(f"| {model}, {peft} | {' | '.join(cells)} |")
-    return lines
+            yield f"| {model}, {peft} | {' | '.join(cells)} |"
 
 
 KINDS = ("empirical", "sampled", "exact")

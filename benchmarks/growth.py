@@ -6,7 +6,7 @@ import gc
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,16 +28,14 @@ class Growth:
     resident: float
 
 
-def table(entries: Sequence[Entry]) -> list[str]:
+def table(entries: Sequence[Entry]) -> Iterator[str]:
     """Time and memory of late tasks over early ones, in Markdown."""
-    lines = ["| | time per task | resident memory | |", "|---|---|---|---|"]
+    yield "| | time per task | resident memory | |"
+    yield "|---|---|---|---|"
     for entry in [Entry("finetune", ("strategy=finetune",)), *entries]:
         found = measure(entry.overrides)
         grows = "grows by nature" if entry.label.startswith(GROWING) else ""
-        lines.append(
-            f"| {entry.label} | {found.seconds:.2f} × | {found.resident:.2f} × | {grows} |"
-        )
-    return lines
+        yield f"| {entry.label} | {found.seconds:.2f} × | {found.resident:.2f} × | {grows} |"
 
 
 def measure(overrides: Sequence[str]) -> Growth:

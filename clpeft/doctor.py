@@ -21,7 +21,7 @@ from rich.table import Table
 from clpeft.composition import settle
 from clpeft.config import ConfigError, run_name
 from clpeft.doubts import counterparts, doubts, exhibits, same_result
-from clpeft.evaluation.evidence import (
+from clpeft.evidence import (
     Amount,
     Exhibit,
     Finding,

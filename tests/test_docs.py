@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from clpeft import evidence
 from clpeft.capabilities import capability_table
-from clpeft.evaluation import evidence
 from clpeft.registry import PEFT_METHODS, STRATEGIES
 from clpeft.strategies.base import Evidence
 
