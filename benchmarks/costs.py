@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -127,7 +128,8 @@ def table(model: str) -> Iterator[str]:
             steps = side_by_side(plain, Lane(overrides, Path(folder), STEPS[model]))
             cost = kept_apart(model, entry)
             limit = "–" if entry.limit is None else f"{entry.limit:.3g} ×"
-            around = cost["strategy_seconds"] / apart["train_seconds"]
+            # both of one process, and then in steps of finetune
+            around = cost["strategy_seconds"] / cost["train_seconds"] * statistics.median(steps)
             second, third = (cost["state_bytes"][task] / 1024 for task in (1, 2))
             peak = cost["peak_memory_bytes"] / apart["peak_memory_bytes"]
             yield (

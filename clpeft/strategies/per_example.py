@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +27,13 @@ log = logging.getLogger(__name__)
 CHUNK_NUMBERS = 2**25
 
 
-# what tables of positions and distances are called, which are read once for a whole batch
-TABLES = {"position_embeddings", "embed_positions", "wpe", "relative_attention_bias"}
+# tables of positions, which are looked up once for a whole batch and added to each of its examples
+POSITIONS = {"position_embeddings", "wpe"}
+# others that are looked up once, but whose rows go another way
+SHARED = {"embed_positions", "relative_attention_bias"}
 
 
-Elementwise = Callable[[Tensor], Tensor]
+Elementwise = Callable[[Tensor], Tensor]  # 0 at 0: an example reads but a few rows of a table
 
 
 @dataclass
@@ -41,6 +43,41 @@ class Call:
     module: nn.Module
     given: Tensor  # what it read: [B, ..., in], or token ids [B, T]
     output: Tensor  # what it made of that, a part of the graph: [B, ..., out]
+
+
+@dataclass
+class Use:
+    """One use of a parameter, and what came back to it.
+
+    Args:
+        module: Whose the parameter is.
+        own: What the module calls it.
+        given: What the module read: [B, ..., in], or token ids [B, T].
+        gradient: Of what it made of that, in float32 [B, ..., out].
+    """
+
+    module: nn.Module
+    own: str
+    given: Tensor
+    gradient: Tensor
+
+    @property
+    def in_table(self) -> bool:
+        """Whether the parameter is a table here, of which single rows are read."""
+        return _is_table(self.module)
+
+    def of(self, rows: slice) -> Use:
+        """The same for some examples."""
+        return Use(self.module, self.own, self.given[rows], self.gradient[rows])
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Of a table: the rows that were read [B, T], and what came back to each [B, T, H]."""
+        ids = self.given.flatten(1)
+        gradient = self.gradient.reshape(*ids.shape, -1)
+        padding: int | None = getattr(self.module, "padding_idx", None)
+        if padding is not None:
+            gradient = gradient.masked_fill(ids.eq(padding)[..., None], 0.0)
+        return ids, gradient
 
 
 class PerExample:
@@ -70,17 +107,32 @@ class PerExample:
                 if id(parameter) in self._names:
                     name = self._names[id(parameter)]
                     users[name].append(module)
-                    if _handler(module) is None or path.split(".")[-1] in TABLES:
+                    known = _is_table(module) or _handler(module) is not None
+                    if not known or path.split(".")[-1] in SHARED:
                         shared.add(name)
         self.single = [name for name in trainable if name in shared or not users[name]]
         batched = [module for name in users if name not in self.single for module in users[name]]
         self._modules = list({id(module): module for module in batched}.values())
+        self._positions = [
+            module
+            for path, module in model.named_modules()
+            if path.split(".")[-1] in POSITIONS and module in self._modules
+        ]
+        self._size = 0
         self._calls: list[Call] = []
         self._handles: list[Any] = []
 
     def __enter__(self) -> PerExample:
-        self._handles = [m.register_forward_hook(self._record) for m in self._modules]
+        self._handles = [
+            *(m.register_forward_pre_hook(self._for_each) for m in self._positions),
+            *(m.register_forward_hook(self._record) for m in self._modules),
+        ]
         return self
+
+    def _for_each(self, module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Positions looked up for every example: then each has gradients of its own."""
+        ids = given[0]
+        return (ids.expand(self._size, -1), *given[1:]) if ids.shape[0] == 1 else given
 
     def _record(self, module: nn.Module, given: tuple[Any, ...], output: Tensor) -> None:
         if output.requires_grad:
@@ -91,9 +143,10 @@ class PerExample:
             handle.remove()
         self._calls = []
 
-    def forget(self) -> None:
-        """Drops what was recorded; to be called before each forward pass."""
+    def expect(self, size: int) -> None:
+        """Drops what was recorded; to be called before each forward pass, with its examples."""
         self._calls = []
+        self._size = size
 
     def add(
         self,
@@ -110,11 +163,17 @@ class PerExample:
             weights: w_b [B].
             into: Name to float32 tensor, added to.
         """
-
-        def weighted(gradients: Tensor, rows: slice) -> Tensor:
-            return torch.einsum("b...,b->...", function(gradients), weights[rows])
-
-        self._add(scores, weighted, into)
+        if not self._calls:
+            return
+        for name, uses in self._uses(scores, into).items():
+            if all(use.in_table for use in uses):
+                _add_rows(uses, function, weights, into[name])
+                continue
+            size = max(1, CHUNK_NUMBERS // max(1, self.trainable[name].numel()))
+            for start in range(0, len(scores), size):
+                rows = slice(start, start + size)
+                found = function(_of_examples(uses, rows))
+                into[name].add_(torch.einsum("b...,b->...", found, weights[rows]))
 
     def add_single(
         self,
@@ -130,26 +189,15 @@ class PerExample:
             if gradient is not None:
                 into[name].add_(function(gradient.float()) * weights[0])
 
-    def _add(
-        self,
-        scores: Tensor,
-        reduction: Callable[[Tensor, slice], Tensor],
-        into: Mapping[str, Tensor],
-    ) -> None:
-        """Adds a sum over examples of a function of their gradients.
+    def _uses(self, scores: Tensor, into: Mapping[str, Tensor]) -> dict[str, list[Use]]:
+        """What the recorded modules did with each parameter, and the gradients of their outputs.
 
-        Args:
-            scores: [B].
-            reduction: Takes the gradients of some examples [b, *shape] and which of the batch they
-                are to a sum over them [*shape].
-            into: Name to float32 tensor, added to.
+        A parameter whose examples turn out not to be kept apart moves to `single`.
         """
-        if not self._calls:
-            return
         size = len(scores)
         outputs = [call.output for call in self._calls]
         found = torch.autograd.grad(scores.sum(), outputs, allow_unused=True, retain_graph=True)
-        uses: dict[str, list[tuple[Call, Tensor, str]]] = defaultdict(list)
+        uses: dict[str, list[Use]] = defaultdict(list)
         for call, gradient in zip(self._calls, found, strict=True):
             for own, parameter in call.module.named_parameters(recurse=False):
                 name = self._names.get(id(parameter))
@@ -161,38 +209,54 @@ class PerExample:
                     into[name].zero_()  # what an earlier batch, of one example, gave
                     uses.pop(name, None)
                 elif gradient is not None:
-                    uses[name].append((call, gradient, own))
-        for name, parts in uses.items():
-            step = max(1, CHUNK_NUMBERS // max(1, self.trainable[name].numel()))
-            for start in range(0, size, step):
-                rows = slice(start, min(start + step, size))
-                into[name].add_(reduction(_of_examples(parts, rows), rows))
+                    uses[name].append(Use(call.module, own, call.given, gradient.float()))
+        return uses
 
 
-def _of_examples(parts: list[tuple[Call, Tensor, str]], rows: slice) -> Tensor:
+def _of_examples(uses: Sequence[Use], rows: slice) -> Tensor:
     """The gradients of some examples [b, *shape], summed over the uses of a parameter."""
     total: Tensor | None = None
-    for call, gradient, own in parts:
-        handler = _handler(call.module)
-        assert handler is not None
-        part = handler(call.module, own, call.given[rows], gradient[rows].float())
-        total = part if total is None else total + part
+    chosen = [use.of(rows) for use in uses]
+    for use in chosen:
+        if not use.in_table:
+            handler = _handler(use.module)
+            assert handler is not None
+            part = handler(use.module, use.own, use.given, use.gradient)
+            total = part if total is None else total + part
     assert total is not None
+    for use in chosen:
+        if use.in_table:  # a table that is an output layer too
+            ids, gradient = use.read()
+            total.scatter_add_(1, ids[..., None].expand_as(gradient), gradient)
     return total
+
+
+def _add_rows(uses: Sequence[Use], function: Elementwise, weights: Tensor, into: Tensor) -> None:
+    """Adds Σ_b w_b f(∂s_b/∂W) of a table W [K, H]: f of the rows that each example read."""
+    ids, gradients = (torch.cat(parts, dim=1) for parts in zip(*map(Use.read, uses), strict=True))
+    rows = len(into)
+    examples = torch.arange(len(ids), device=ids.device)[:, None]
+    # a row that an example reads twice has one gradient, the sum
+    places, which = torch.unique(examples * rows + ids, return_inverse=True)
+    found = gradients.new_zeros(len(places), gradients.shape[-1])
+    found.index_add_(0, which.flatten(), gradients.flatten(0, 1))
+    into.index_add_(0, places % rows, function(found) * weights[places // rows][:, None])
 
 
 Handler = Callable[[Any, str, Tensor, Tensor], Tensor]
 
 
+def _is_table(module: nn.Module) -> bool:
+    return type(module) is nn.Embedding  # subclasses scale what they look up
+
+
 def _handler(module: nn.Module) -> Handler | None:
-    """How a module's gradients of single examples are found; None for kinds not known."""
+    """How a module's gradients of single examples are found; None for tables and unknown kinds."""
     kind = type(module).__name__
     if isinstance(module, nn.Linear):
         return _linear
     if kind == "Conv1D":  # GPT-2's linear layer, its weight the other way round
         return _transposed_linear
-    if type(module) is nn.Embedding:  # subclasses scale what they look up
-        return _embedding
     if isinstance(module, nn.LayerNorm) or "RMSNorm" in kind or kind == "T5LayerNorm":
         return _norm
     return None
@@ -209,17 +273,6 @@ def _linear(module: nn.Module, own: str, given: Tensor, gradient: Tensor) -> Ten
 def _transposed_linear(module: nn.Module, own: str, given: Tensor, gradient: Tensor) -> Tensor:
     found = _linear(module, own, given, gradient)
     return found if own == "bias" else found.transpose(1, 2)
-
-
-def _embedding(module: Any, own: str, given: Tensor, gradient: Tensor) -> Tensor:
-    rows = given.shape[0]
-    found = gradient.new_zeros(rows, *module.weight.shape)
-    width = gradient.shape[-1]
-    ids = given.flatten(1)[..., None].expand(-1, -1, width)
-    found.scatter_add_(1, ids, gradient.reshape(rows, -1, width))
-    if module.padding_idx is not None:
-        found[:, module.padding_idx] = 0.0
-    return found
 
 
 def _norm(module: nn.Module, own: str, given: Tensor, gradient: Tensor) -> Tensor:
@@ -271,7 +324,7 @@ def mean_over_examples(
     recorded = PerExample(run.model, run.trainable)
 
     def go_through(places: np.ndarray, adding: Callable[..., None]) -> None:
-        recorded.forget()
+        recorded.expect(len(places))
         batch = run.batch(columns, chosen[places])
         for scores, weights in scored(batch, seeds[places]):
             adding(function, scores, weights / len(chosen), sums)
