@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from clpeft.experiment import build_run
 from clpeft.strategies.fisher import fisher_diagonal
-from clpeft.strategies.per_example import PerExample
+from clpeft.strategies.per_example import CHUNK_NUMBERS, PerExample
 from clpeft.training.run import Run
 from tests.running import compose
 
@@ -187,7 +187,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     trainable = dict(model.named_parameters())
     sums = []
     for numbers in (2**25, 25, 1):
-        monkeypatch.setattr("clpeft.strategies.per_example.CHUNK_NUMBERS", numbers)
+        monkeypatch.setitem(CHUNK_NUMBERS, "cpu", numbers)
         squares = {name: torch.zeros_like(p) for name, p in trainable.items()}
         with PerExample(model, trainable) as recorded:
             recorded.add(torch.square, model(x), weights, squares)
