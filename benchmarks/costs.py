@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -72,10 +73,11 @@ ENTRIES = (
 )
 
 
-def entries(model: str) -> list[Entry]:
-    """The rows that a model can have."""
+def entries(model: str, wanted: str) -> list[Entry]:
+    """The rows that a model can have, of those that a regular expression finds."""
     task_type = config_of([f"model={model}"]).model.task_type
-    return [entry for entry in ENTRIES if task_type in task_types(entry)]
+    chosen = [entry for entry in ENTRIES if re.search(wanted, entry.label)]
+    return [entry for entry in chosen if task_type in task_types(entry)]
 
 
 def task_types(entry: Entry) -> frozenset[str]:
@@ -116,14 +118,14 @@ def kept_apart(model: str, entry: Entry | None) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def table(model: str) -> Iterator[str]:
+def table(model: str, wanted: str) -> Iterator[str]:
     """The lines of one model's table, in Markdown, as they are measured."""
     apart = kept_apart(model, None)
     yield "| | step | asked at most | around a task | kept | of the adapter | peak memory |"
     yield "|---|---|---|---|---|---|---|"
     with tempfile.TemporaryDirectory() as folder:
         plain = Lane([*model_overrides(model), "strategy=finetune"], Path(folder), STEPS[model])
-        for entry in entries(model):
+        for entry in entries(model, wanted):
             overrides = [*model_overrides(model), *entry.overrides]
             steps = side_by_side(plain, Lane(overrides, Path(folder), STEPS[model]))
             cost = kept_apart(model, entry)
@@ -143,6 +145,7 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=PARTS, help="one of the parts instead of all")
+    parser.add_argument("--rows", default="", help="a regular expression: rows that it finds")
     parser.add_argument("--kept", nargs="+", metavar="OVERRIDE", help=argparse.SUPPRESS)
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -157,12 +160,12 @@ def main() -> None:
     )
     models = ["tiny_llama", *(["minilm"] if os.environ.get("MINILM") else [])]
     parts: list[tuple[str, str, Iterable[str]]] = [
-        ("steps", f"{model}, LoRA, batches of {BATCH}, against finetune", table(model))
+        ("steps", f"{model}, LoRA, batches of {BATCH}, against finetune", table(model, given.rows))
         for model in models
     ]
     title = "Fisher information of single examples, against a forward and backward pass"
     parts.append(("fisher", title, fisher.table(models, model_overrides)))
-    parts.append(("growth", "Fifty tasks", growth.table(entries("tiny_llama"))))
+    parts.append(("growth", "Fifty tasks", growth.table(entries("tiny_llama", given.rows))))
     for part, heading, lines in parts:
         if given.only in (None, part):
             out(f"\n## {heading}\n")

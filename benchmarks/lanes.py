@@ -139,4 +139,5 @@ def side_by_side(one: Lane, other: Lane) -> list[float]:
             future.result()
             for future in (pool.submit(go, one, *turns), pool.submit(go, other, *turns[::-1]))
         )
-    return [seconds / plain for plain, seconds in zip(base, ours, strict=True)]
+    # one of them may have more to do: examples of its own making
+    return [seconds / plain for plain, seconds in zip(base, ours, strict=False)]
