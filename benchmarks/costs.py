@@ -145,6 +145,7 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=PARTS, help="one of the parts instead of all")
+    parser.add_argument("--model", choices=STEPS, help="one of the models instead of all")
     parser.add_argument("--rows", default="", help="a regular expression: rows that it finds")
     parser.add_argument("--kept", nargs="+", metavar="OVERRIDE", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -158,7 +159,8 @@ def main() -> None:
         f"{os.cpu_count()} cores, {torch.get_num_threads()} thread, {platform.machine()}, "
         f"torch {known['torch']}, transformers {known['transformers']}, peft {known['peft']}"
     )
-    models = ["tiny_llama", *(["minilm"] if os.environ.get("MINILM") else [])]
+    at_hand = ["tiny_llama", *(["minilm"] if os.environ.get("MINILM") else [])]
+    models = [model for model in at_hand if given.model in (None, model)]
     parts: list[tuple[str, str, Iterable[str]]] = [
         ("steps", f"{model}, LoRA, batches of {BATCH}, against finetune", table(model, given.rows))
         for model in models
