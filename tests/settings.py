@@ -207,11 +207,6 @@ _WARMUP = (
     "model.warmup.lr=1e-2",
     "model.warmup.vocabulary=600",
 )
-TASK_TYPES = {
-    "tiny_llama": "causal_lm",
-    "tiny_bert": "sequence_classification",
-    "tiny_t5": "seq2seq_lm",
-}
 TINY_MODELS = {
     "tiny_llama": (
         "model=tiny_llama",

@@ -95,7 +95,7 @@ class DER(Mixing):
 
     config: DERConfig
     name = "der"
-    evidence: ClassVar = {"loss/der": Evidence.TERM}
+    evidence: ClassVar = {"loss/der": Evidence.PENALTY}
 
     def transform_batch(self, run: Run, batch: Batch) -> Batch:
         count = self._due(batch)
@@ -170,7 +170,10 @@ class DERPP(DER):
 
     config: DERPPConfig
     name = "derpp"
-    evidence: ClassVar = {"loss/derpp": Evidence.TERM, "loss/derpp_labels": Evidence.TERM}
+    evidence: ClassVar = {
+        "loss/derpp": Evidence.PENALTY,
+        "loss/derpp_labels": Evidence.TERM,
+    }
     labels_name: ClassVar[str] = "derpp_labels"
     conflicts: ClassVar[dict[str, str]] = {
         "der": "derpp is der with one term more, and its alpha is that of der"

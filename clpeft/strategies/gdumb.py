@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from clpeft.config import RunError
 from clpeft.registry import STRATEGIES
 from clpeft.strategies.base import Evidence
 from clpeft.strategies.rehearsal import EarlyRehearsal, RehearsalConfig
@@ -84,7 +85,11 @@ class GDumb(EarlyRehearsal):
     def train_examples(self, run: Run, task: EncodedTask, examples: Dataset) -> Dataset:
         super().train_examples(run, task, examples)
         kept = self._memory.examples
-        assert kept is not None
+        if kept is None:
+            raise RunError(
+                f"gdumb has nothing to train on: no example of '{task.name}' entered its memory. "
+                f"Loosen strategies.quality_control."
+            )
         self._earlier = len(self._memory) - len(self._memory.rows_of_task(task.index))
         return kept
 

@@ -116,7 +116,7 @@ class LwF(Strategy):
 
     config: LwFConfig
     supports_multi_process = True
-    evidence: ClassVar = {"loss/lwf": Evidence.TERM}
+    evidence: ClassVar = {"loss/lwf": Evidence.PENALTY}
     conflicts: ClassVar[dict[str, str]] = {
         "olora": "the teacher is the adapter as the last task left it, and olora makes that a part "
         "of the base and starts afresh, so that the teacher would count it twice"
@@ -124,8 +124,6 @@ class LwF(Strategy):
 
     def setup(self, run: Run) -> None:
         self._device = run.device
-        # no label is masked: those of earlier tasks are what counts
-        self._objective = run.objective.for_labels(torch.ones(1, 1, dtype=torch.bool))
         self._weights: dict[str, Tensor] = {}  # the teacher's; none in the first task
         self._teacher: Teacher | None = None
         self._cache: CachedOutputs | None = None
@@ -137,7 +135,7 @@ class LwF(Strategy):
         self._teacher = self._cache = None
         if not self._weights:
             return examples
-        self._teacher = teacher_of(run, self._weights, self._objective)
+        self._teacher = teacher_of(run, self._weights)
         if run.config.model.task_type == "sequence_classification":
             self._labels = old_labels(run.stream.stream, task.index).to(run.device)
         if self.config.teacher != "live":
@@ -148,7 +146,8 @@ class LwF(Strategy):
         if self._teacher is None:
             return {}
         assert run.task is not None
-        new, labels = self._objective.predicted(outputs, batch)
+        # no label is masked: those of earlier tasks are what counts
+        new, labels = run.objective.unmasked(outputs, batch)
         current = self._own(batch) & (batch.task_ids == run.task.index)
         targets = (labels != IGNORED).reshape(len(batch), -1) & current[:, None]
         if self._cache is not None:
@@ -209,7 +208,7 @@ class LwF(Strategy):
 
     def _check_sizes(self, run: Run) -> None:
         """Finds at the start what would not fit later."""
-        teacher = teacher_of(run, dict(run.trainable), self._objective)
+        teacher = teacher_of(run, dict(run.trainable))
         for task in run.stream.tasks[1:]:
             columns = Columns(task.train)
             everything = np.arange(len(columns))

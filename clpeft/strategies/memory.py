@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from clpeft.training.run import Run
+
+log = logging.getLogger(__name__)
 
 SELECTIONS = ("reservoir", "class_balanced", "task_balanced", "herding", "uncertainty")
 BUDGETS = ("total", "per_task")
@@ -181,6 +184,12 @@ class Memory:
             groups = self._groups(everything)[kept:].tolist()
             bars = self._bars if self.budget == "total" else {}
             slots, self._bars = best_of_each(groups, keys[kept:].tolist(), self.capacity, bars)
+            if self.capacity < (sharing := len({*groups, *self._bars})):
+                log.warning(
+                    "the memory's %d places are fewer than the %d %s that share them, so that it "
+                    "holds no example of some; make it larger, or choose selection=reservoir",
+                    *(self.capacity, sharing, "tasks" if "task" in self.selection else "classes"),
+                )
         return list(range(kept)) + [kept + slot for slot in slots]
 
     def _groups(self, examples: Dataset) -> np.ndarray:

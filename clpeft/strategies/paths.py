@@ -18,7 +18,7 @@ def path_integral(integral: list[Tensor], gradients: list[Tensor], moves: list[T
 
     Args:
         integral: ω so far, one float32 tensor per parameter.
-        gradients: g, the task's own gradient at the step's start.
+        gradients: g, the loss's gradient at the step's start, without regularisers of weights.
         moves: Δθ, what the optimizer made of it.
 
     Source: Zenke et al. 2017, Continual Learning Through Synaptic Intelligence, equation 3.
@@ -29,8 +29,9 @@ def path_integral(integral: list[Tensor], gradients: list[Tensor], moves: list[T
 class FollowedPath(AnchoredStrategy):
     """Anchors whose importance comes from each step; subclasses say how in `_follow`.
 
-    The gradient is the task's own: summed over micro-batches, unscaled, before any strategy or
-    clipping changes it. The first task is followed too.
+    The gradient is that of the loss: summed over micro-batches, unscaled, before any strategy or
+    clipping changes it, without the pull of anchors. What another strategy adds to the loss (LwF's
+    term, the examples that it replays) is in it. The first task is followed too.
     """
 
     def setup(self, run: Run) -> None:
@@ -49,6 +50,7 @@ class FollowedPath(AnchoredStrategy):
             return
         now = [parameter.detach().float() for parameter in run.trainable.values()]
         self._follow(self._gradients, list(torch._foreach_sub(now, self._before)), now)
+        self._gradients, self._before = [], []  # 2 × what trains, for as long as a step takes
 
     def _follow(self, gradients: list[Tensor], moves: list[Tensor], now: list[Tensor]) -> None:
         """Takes note of a step.

@@ -337,6 +337,7 @@ def mean_over_examples(
             go_through(places, recorded.add)
         if recorded.single:
             log.info("batches of one are needed for %s", ", ".join(recorded.single))
-            for place in np.concatenate(mine):
-                go_through(np.array([place]), recorded.add_single)
+            for places in mine:  # of few examples a process may have none
+                for place in places:
+                    go_through(np.array([place]), recorded.add_single)
     return run.sum_gradients(list(sums.values()))

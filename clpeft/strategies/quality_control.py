@@ -17,6 +17,7 @@ from clpeft.registry import STRATEGIES
 from clpeft.strategies import readings
 from clpeft.strategies.base import Evidence, Strategy, StrategyConfig
 from clpeft.strategies.likeness import near_duplicates, ngrams, too_close
+from clpeft.strategies.rehearsal import EarlyRehearsal
 from clpeft.streams.batching import Columns
 from clpeft.streams.tokenize import Encoder
 
@@ -56,6 +57,9 @@ REASONS = {
     "near_duplicate": "near_duplicates",
     "similar": "min_distance",
 }
+
+# Those that judge examples of the task itself by the model, which has to know the task.
+ASKING = ("max_loss", "min_confidence")
 
 
 def without_frame(tokens: np.ndarray, frame: np.ndarray) -> np.ndarray:
@@ -105,6 +109,14 @@ class QualityControl(Strategy):
                 f"quality_control screens what a memory keeps or a generator writes, and "
                 f"strategy=[{','.join(config.strategies)}] does neither; combine it with "
                 f"{' or '.join(partners)}."
+            )
+        early = [n for n in config.strategies if issubclass(STRATEGIES[n].target, EarlyRehearsal)]
+        asking = [name for name in ASKING if vars(self.config)[name] is not None]
+        if early and asking:
+            raise ConfigError(
+                f"strategies.quality_control.{asking[0]} judges by what the model makes of an "
+                f"example, but {early[0]} remembers a task's examples before the model has learned "
+                f"the task; set it to null, or use replay, which remembers them afterwards."
             )
         low, high = self.config.min_tokens, self.config.max_tokens
         if low is not None and high is not None and low > high:

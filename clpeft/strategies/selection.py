@@ -42,7 +42,7 @@ def equal_shares(sizes: Mapping[int, int], capacity: int) -> dict[int, int]:
     """How many examples each group keeps: all the same number, as far as they have them.
 
     What a small group leaves over goes to the others; what does not divide, to the groups that
-    come first.
+    come last. They are the newest: with fewer places than groups it is the oldest that go.
 
     Args:
         sizes: Examples per group.
@@ -59,7 +59,7 @@ def equal_shares(sizes: Mapping[int, int], capacity: int) -> dict[int, int]:
         if sizes[group] * waiting > left:
             full = [other for other in sizes if other not in shares]
             for rank, other in enumerate(full):
-                shares[other] = left // waiting + (rank < left % waiting)
+                shares[other] = left // waiting + (rank >= waiting - left % waiting)
             break
         shares[group] = sizes[group]
         left -= sizes[group]

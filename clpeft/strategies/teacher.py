@@ -15,7 +15,6 @@ from clpeft.streams.batch import IGNORED
 from clpeft.streams.batching import sorted_batches
 
 if TYPE_CHECKING:
-    from clpeft.models.objective import Objective
     from clpeft.streams.batch import Batch
     from clpeft.streams.batching import Columns
     from clpeft.training.run import Run
@@ -27,7 +26,7 @@ EXCHANGED_NUMBERS = 2**25
 Teacher = Callable[["Batch"], tuple[Tensor, Tensor]]
 
 
-def teacher_of(run: Run, weights: Mapping[str, Tensor], objective: Objective) -> Teacher:
+def teacher_of(run: Run, weights: Mapping[str, Tensor]) -> Teacher:
     """The run's model with other values of what trains: without dropout and without gradient.
 
     While it is asked, its modules hold the other tensors in place of their parameters, which are
@@ -37,7 +36,9 @@ def teacher_of(run: Run, weights: Mapping[str, Tensor], objective: Objective) ->
     Args:
         run: Whose model.
         weights: Name to value, for each of `run.trainable`.
-        objective: Gives the logits and labels of a batch.
+
+    Returns:
+        What the model said, with the logits of labels that do not compete too.
     """
     names = {id(parameter): name for name, parameter in run.trainable.items()}
     modules = list(run.model.modules())
@@ -69,8 +70,8 @@ def teacher_of(run: Run, weights: Mapping[str, Tensor], objective: Objective) ->
 
     def predicted(batch: Batch) -> tuple[Tensor, Tensor]:
         with teaching(), torch.no_grad(), run.accelerator.autocast():
-            outputs = objective.forward(run.model, batch)
-        return objective.predicted(outputs, batch)
+            outputs = run.objective.forward(run.model, batch)
+        return run.objective.unmasked(outputs, batch)
 
     return predicted
 

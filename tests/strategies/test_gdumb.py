@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from clpeft.composition import settle
-from clpeft.config import ConfigError
+from clpeft.config import ConfigError, RunError
 from clpeft.strategies.gdumb import GDumb, GDumbConfig
 from clpeft.training.loop import Loop
 from clpeft.training.state import read_state, write_state
@@ -31,7 +31,7 @@ def a_task(examples: Examples, index: int) -> Any:
     """Twelve examples, nine of one label and three of another, both its own."""
     labels = [2 * index + (i % 4 == 3) for i in range(12)]
     rows = examples([[i % 10] for i in range(12)], labels=labels, task=index)
-    return SimpleNamespace(index=index, train=rows)
+    return SimpleNamespace(index=index, name=f"task {index}", train=rows)
 
 
 def ids(dataset: Any) -> list[tuple[int, int]]:
@@ -100,6 +100,13 @@ def test_only_admitted_examples_enter(regression: Callable[..., Any], examples: 
     run.admitted = lambda task, given, source: admit(run, task, given, source)
     found = made(run).train_examples(run, a_task(examples, 0), "ignored")  # type: ignore[arg-type]
     assert ids(found) == [(0, 0), (0, 1)]
+
+
+def test_nothing_admitted_is_told(regression: Callable[..., Any], examples: Examples) -> None:
+    run = regression((0.0,) * 10, (0.0,) * 4)
+    run.admitted = lambda task, given, source: given.select([])
+    with pytest.raises(RunError, match=r"^gdumb has nothing to train on: no example of 'task 0'"):
+        made(run).train_examples(run, a_task(examples, 0), "ignored")  # type: ignore[arg-type]
 
 
 def test_memory_of_everything_is_finetuning_at_first(

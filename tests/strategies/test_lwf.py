@@ -267,6 +267,29 @@ def test_old_heads(regression: Fixture, examples: Fixture, scenario: str, teache
 
 
 @pytest.mark.parametrize("teacher", TEACHERS)
+def test_labels_that_another_strategy_leaves_out_are_distilled(
+    regression: Fixture, examples: Fixture, teacher: str
+) -> None:
+    """As ER-ACE does: a new example's loss is over new labels only, its distillation is not."""
+    lesson = Lesson(
+        regression((0.0, 1.0, 2.0), [0.0] * 4),
+        examples([[1], [2]], labels=[2, 3], task=1),
+        torch.tensor([math.log(3.0), 0.0, 5.0, 6.0]),
+        torch.zeros(4),
+        stream=stream_of("class", [2, 2]),
+        teacher=teacher,
+    )
+    batch = lesson.batch([0])
+    candidates = torch.tensor([[False, False, True, True]])
+    # of input 1, the old labels at 3 to 1 where the student has them at 1 to 1
+    expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    found = lesson.term(batch.altered(candidates=candidates))
+    assert float(found.detach()) == pytest.approx(expected)
+    (gradient,) = torch.autograd.grad(found, [lesson.parameter])
+    assert gradient.tolist() == pytest.approx([0.5 - 0.75, 0.5 - 0.25, 0.0, 0.0])
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
 def test_term_of_a_language_model_by_hand(
     bigrams: Fixture, examples: Fixture, teacher: str
 ) -> None:

@@ -21,11 +21,11 @@ from clpeft.strategies.selection import best_of_each, entropy, equal_shares, her
     ("sizes", "capacity", "expected"),
     [
         ([5, 5, 5], 9, [3, 3, 3]),
-        ([5, 5, 5], 11, [4, 4, 3]),  # what does not divide goes to the first
+        ([5, 5, 5], 11, [3, 4, 4]),  # what does not divide goes to the last
         ([1, 9, 9], 9, [1, 4, 4]),  # what the first leaves over goes to the others
-        ([9, 2, 9, 1], 10, [4, 2, 3, 1]),
+        ([9, 2, 9, 1], 10, [3, 2, 4, 1]),
         ([2, 3], 9, [2, 3]),  # room for all
-        ([4, 4, 4], 2, [1, 1, 0]),  # fewer places than groups
+        ([4, 4, 4], 2, [0, 1, 1]),  # fewer places than groups: the newest have them
         ([], 5, []),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -211,3 +212,25 @@ def test_single_parameters_are_told(
         )
     assert "batches of one are needed for " in caplog.text
     assert "relative_attention_bias" in caplog.text
+
+
+def test_process_without_examples_has_nothing_to_add(run_of: Callable[..., Run]) -> None:
+    """Two examples make one batch, which is the first process's; T5 needs batches of one too."""
+    run = run_of("tiny_t5", "full")
+    other = SimpleNamespace(
+        **{name: getattr(run, name) for name in ("model", "trainable", "config", "batch")},
+        eval_mode=run.eval_mode,
+        objective=run.objective,
+        accelerator=run.accelerator,
+        rank=1,
+        world_size=2,
+        sum_gradients=lambda tensors: tensors,
+    )
+    found = fisher_diagonal(
+        other,  # type: ignore[arg-type]
+        run.stream.tasks[0].train,
+        kind="empirical",
+        examples=2,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert all(not tensor.any() for tensor in found)

@@ -398,6 +398,10 @@ REFUSED = {
          "strategies.quality_control.max_tokens=8"],
         "min_tokens=9 is more than max_tokens=8",
     ),
+    "asks a model that has not learned the task": (
+        ["strategy=[gdumb,quality_control]", "strategies.quality_control.min_confidence=0.5"],
+        r"min_confidence judges by what the model makes of an example, but gdumb remembers",
+    ),
     "a threshold that everything reaches": (
         ["strategy=[replay,quality_control]", "strategies.quality_control.near_duplicates=0"],
         "near_duplicates=0.0 is too small",

@@ -25,7 +25,7 @@ Overrides = Callable[..., list[str]]
 def test_teacher_has_its_own_weights_and_no_dropout(regression: Fixture, examples: Fixture) -> None:
     run = regression((0.0, 1.0, 2.0), (1.0, -3.0), dropout=0.9)
     run.model.train()
-    teacher = teacher_of(run, {"weight": torch.tensor([5.0, 7.0])}, run.objective)
+    teacher = teacher_of(run, {"weight": torch.tensor([5.0, 7.0])})
     batch = run.batch(Columns(examples([[1], [2]], labels=[0, 1])), [0, 1])
     for _ in range(5):
         logits, labels = teacher(batch)
@@ -39,7 +39,7 @@ def test_student_is_as_it_was(regression: Fixture, examples: Fixture) -> None:
     run.model.train()
     run.model.frozen = torch.nn.Dropout(0.5).eval()  # one that somebody else keeps from training
     parameter = run.trainable["weight"]
-    teacher = teacher_of(run, {"weight": torch.tensor([5.0, 7.0])}, run.objective)
+    teacher = teacher_of(run, {"weight": torch.tensor([5.0, 7.0])})
     batch = run.batch(Columns(examples([[1], [2]], labels=[0, 1])), [0, 1])
     gradients = []
     for asked in (False, True):
@@ -61,7 +61,7 @@ def test_student_is_as_it_was_after_an_error(regression: Fixture) -> None:
     run = regression((0.0, 1.0), (1.0, -3.0))
     run.model.train()
     parameter = run.trainable["weight"]
-    teacher = teacher_of(run, {"weight": torch.tensor([5.0, 7.0])}, run.objective)
+    teacher = teacher_of(run, {"weight": torch.tensor([5.0, 7.0])})
     with pytest.raises(TypeError):
         teacher(SimpleNamespace(inputs={"nonsense": 1}))  # type: ignore[arg-type]
     assert run.model.weight is parameter
@@ -83,11 +83,11 @@ def test_tied_weights_are_replaced_everywhere(tiny: Overrides, tmp_path: Path) -
     head, embedding = other.get_output_embeddings(), other.get_input_embeddings()
     assert head.weight is embedding.weight
 
-    found, _ = teacher_of(run, weights, run.objective)(batch)
+    found, _ = teacher_of(run, weights)(batch)
     with torch.no_grad():
         expected, _ = run.objective.predicted(run.objective.forward(other, batch), batch)
     assert torch.equal(found, expected)
-    before, _ = teacher_of(run, dict(run.trainable), run.objective)(batch)
+    before, _ = teacher_of(run, dict(run.trainable))(batch)
     assert not torch.allclose(found, before, atol=0.1)
 
 
@@ -122,7 +122,7 @@ def test_cache_holds_the_answers_of_each_example(
     run = bigrams(4)
     run.config.training.batch_size = 2
     table = torch.arange(16.0).view(4, 4)
-    teacher = teacher_of(run, {"table": table}, run.objective)
+    teacher = teacher_of(run, {"table": table})
     columns = Columns(examples(ROWS, prompt_length=1))
     rows = np.array([4, 0, 3, 1])  # not the third
     parts = []
@@ -150,7 +150,7 @@ def test_processes_share_the_work(
     monkeypatch.setattr(run, "sum_gradients", lambda tensors: tensors)
     monkeypatch.setattr(run.accelerator, "num_processes", 2)
     asked: list[int] = []
-    plain = teacher_of(run, dict(run.trainable), run.objective)
+    plain = teacher_of(run, dict(run.trainable))
 
     def teacher(batch: Any) -> Any:
         asked.append(int(batch.example_ids))
