@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ ENTRIES = (
     Entry("generative_replay", ("strategy=generative_replay",)),
     Entry("der", ("strategy=der",)),
     Entry("derpp", ("strategy=derpp",)),
-    Entry("er_ace", ("strategy=er_ace",)),
+    Entry("er_ace", ("strategy=er_ace",), settings=("stream.scenario=class",)),
     Entry(
         f"agem, reference of {BATCH}",
         ("strategy=agem", f"strategies.agem.reference_size={BATCH}"),
@@ -110,25 +111,29 @@ def kept(overrides: list[str]) -> dict[str, Any]:
         return loop.cost.summary(loop.run)
 
 
-def kept_apart(model: str, entry: Entry | None) -> dict[str, Any]:
-    """`kept`, in a process of its own; None for finetune."""
-    chosen = entry.overrides if entry is not None else ("strategy=finetune",)
-    command = [sys.executable, "-m", "benchmarks.costs", "--kept", *model_overrides(model), *chosen]
+def kept_apart(overrides: list[str]) -> dict[str, Any]:
+    """`kept`, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.costs", "--kept", *overrides]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def table(model: str, wanted: str) -> Iterator[str]:
     """The lines of one model's table, in Markdown, as they are measured."""
-    apart = kept_apart(model, None)
     yield "| | step | asked at most | around a task | kept | of the adapter | peak memory |"
     yield "|---|---|---|---|---|---|---|"
     with tempfile.TemporaryDirectory() as folder:
-        plain = Lane([*model_overrides(model), "strategy=finetune"], Path(folder), STEPS[model])
+
+        @cache
+        def finetune(settings: tuple[str, ...]) -> tuple[Lane, dict[str, Any]]:
+            overrides = [*model_overrides(model), *settings, "strategy=finetune"]
+            return Lane(overrides, Path(folder), STEPS[model]), kept_apart(overrides)
+
         for entry in entries(model, wanted):
-            overrides = [*model_overrides(model), *entry.overrides]
+            plain, apart = finetune(entry.settings)
+            overrides = [*model_overrides(model), *entry.settings, *entry.overrides]
             steps = side_by_side(plain, Lane(overrides, Path(folder), STEPS[model]))
-            cost = kept_apart(model, entry)
+            cost = kept_apart(overrides)
             limit = "–" if entry.limit is None else f"{entry.limit:.3g} ×"
             # both of one process, and then in steps of finetune
             around = cost["strategy_seconds"] / cost["train_seconds"] * statistics.median(steps)

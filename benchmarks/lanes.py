@@ -52,11 +52,13 @@ class Entry:
         label: What the table calls it.
         overrides: Of the command line.
         limit: Times finetune's step, at most; None where nothing was asked.
+        settings: Further overrides, which finetune has beside it too.
     """
 
     label: str
     overrides: tuple[str, ...]
     limit: float | None = None
+    settings: tuple[str, ...] = ()
 
 
 class Lane:
