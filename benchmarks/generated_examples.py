@@ -18,7 +18,7 @@ Line = dict[str, Any]
 
 
 def main(directory: Path, count: int = 10) -> None:
-    """Prints how much of what was written was kept, and the first examples of each task.
+    """Prints how much of what was written was kept, and some examples of each task.
 
     Args:
         directory: Of a run with strategy=generative_replay.
@@ -29,13 +29,26 @@ def main(directory: Path, count: int = 10) -> None:
     toy = results["stream"] == "toy"
     print(_table(_summaries(files, toy)))
     last = files[-1]
-    print(f"\nBefore `{_task(last)}`, the first {count} of each task:\n")
+    print(f"\nBefore `{_task(last)}`, {count} of each task: the first of each kind, kept or dropped.\n")
     for name, lines in _by_task(last).items():
         rows = [["answer", f"input, for `{name}`", "kept"]]
-        for line in lines[:count]:
+        for line in shown(lines, count):
             text = " / ".join(line["inputs"]) if line["inputs"] else line["text"]
             rows.append([line["answer"] or "", _plain(text), line["why"] or "yes"])
         print(f"{_table(rows)}\n")
+
+
+def shown(lines: list[Line], count: int) -> list[Line]:
+    """So many examples: the first that were kept, and of what was dropped the first of each reason.
+
+    Where that leaves room, or there are few reasons, half are kept and half dropped ones at most.
+    """
+    reasons = {line["why"]: line for line in reversed(lines) if line["why"] is not None}
+    first = list(reasons.values())
+    dropped = first + [line for line in lines if line["why"] is not None and line not in first]
+    dropped = dropped[: count // 2]
+    kept = [line for line in lines if line["why"] is None]
+    return [*kept[: count - len(dropped)], *dropped]
 
 
 def right(line: Line) -> bool:
