@@ -29,7 +29,7 @@ def main(directory: Path, count: int = 10) -> None:
     toy = results["stream"] == "toy"
     print(_table(_summaries(files, toy)))
     last = files[-1]
-    print(f"\nBefore `{_task(last)}`, {count} of each task: the first of each kind, kept or dropped.\n")
+    print(f"\nBefore `{_task(last)}`, {count} of each task, kept and dropped:\n")
     for name, lines in _by_task(last).items():
         rows = [["answer", f"input, for `{name}`", "kept"]]
         for line in shown(lines, count):
