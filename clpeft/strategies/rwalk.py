@@ -12,7 +12,7 @@ from clpeft.config import above, at_least, between
 from clpeft.registry import STRATEGIES
 from clpeft.strategies.anchors import moved
 from clpeft.strategies.base import StrategyConfig
-from clpeft.strategies.paths import FollowedPath, path_integral
+from clpeft.strategies.path_integral import FollowedPath, path_integral
 
 if TYPE_CHECKING:
     from clpeft.streams.tokenize import EncodedTask
