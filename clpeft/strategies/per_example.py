@@ -55,7 +55,7 @@ class Use:
         module: Whose the parameter is.
         own: What the module calls it.
         given: What the module read: [B, ..., in], or token ids [B, T].
-        gradient: Of what it made of that, in float32 [B, ..., out].
+        gradient: Of what it made of that [B, ..., out].
     """
 
     module: nn.Module
@@ -73,9 +73,9 @@ class Use:
         return Use(self.module, self.own, self.given[rows], self.gradient[rows])
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """Of a table: the rows that were read [B, T], and what came back to each [B, T, H]."""
+        """Of a table: the rows that were read [B, T], and in float32 what came back [B, T, H]."""
         ids = self.given.flatten(1)
-        gradient = self.gradient.reshape(*ids.shape, -1)
+        gradient = self.gradient.float().reshape(*ids.shape, -1)
         padding: int | None = getattr(self.module, "padding_idx", None)
         if padding is not None:
             gradient = gradient.masked_fill(ids.eq(padding)[..., None], 0.0)
@@ -176,7 +176,8 @@ class PerExample:
             for start in range(0, len(scores), size):
                 rows = slice(start, start + size)
                 found = function(_of_examples(uses, rows))
-                into[name].view(-1).addmv_(found.flatten(1).t(), weights[rows])
+                total = torch.mv(found.flatten(1).t(), weights[rows])
+                into[name].add_(total.view_as(into[name]))
 
     def add_single(
         self,
@@ -212,7 +213,7 @@ class PerExample:
                     into[name].zero_()  # what an earlier batch, of one example, gave
                     uses.pop(name, None)
                 elif gradient is not None:
-                    uses[name].append(Use(call.module, own, call.given, gradient.float()))
+                    uses[name].append(Use(call.module, own, call.given, gradient))
         return uses
 
 
@@ -224,7 +225,7 @@ def _of_examples(uses: Sequence[Use], rows: slice) -> Tensor:
         if not use.in_table:
             handler = _handler(use.module)
             assert handler is not None
-            part = handler(use.module, use.own, use.given, use.gradient)
+            part = handler(use.module, use.own, use.given, use.gradient.float())
             total = part if total is None else total + part
     assert total is not None
     for use in chosen:

@@ -172,7 +172,7 @@ def fill(memory: Memory, run: Any, examples: Examples, tasks: int = 3) -> list[l
         # those that are new, and only those, are to be filled
         empty = (memory.notes["name"] == 0).nonzero().flatten()
         assert sorted(rows.tolist()) == empty.tolist()
-        assert set(memory.columns.numbers["task_id"][rows].tolist()) <= {task}
+        assert set(memory.columns.numbers["task_id"][rows.numpy()].tolist()) <= {task}
         memory.notes["name"][rows] = names[rows]
         assert torch.equal(memory.notes["name"], names)  # the others kept theirs
         assert [int(row) for row in memory.rows_of_task(task)] == sorted(rows.tolist())
@@ -232,6 +232,32 @@ def test_classes_are_kept_alike(
     assert sorted(counts) == [3, 4, 4]
     memory.add(knowing(), examples([[1, 2]] * 2, labels=[9, 9], prompt_length=1, task=3))
     assert np.bincount(memory.columns.numbers["label"])[[0, 1, 2, 9]].tolist() == [3, 3, 3, 2]
+
+
+@pytest.mark.parametrize(
+    ("selection", "groups"), [("class_balanced", "6 classes"), ("task_balanced", "3 tasks")]
+)
+def test_places_too_few_for_all_groups_are_told(
+    knowing: Callable[..., Any],
+    examples: Examples,
+    caplog: pytest.LogCaptureFixture,
+    selection: str,
+    groups: str,
+) -> None:
+    """The newest have the places: a task is not trained on without an example of its own."""
+    memory = Memory(2, torch.Generator().manual_seed(1), selection=selection)
+    for task in range(3):
+        rows = [[1, 2]] * 8
+        labels = [2 * task, 2 * task + 1] * 4
+        memory.add(knowing(), examples(rows, labels=labels, prompt_length=1, task=task))
+    held = memory.columns.numbers["task_id" if groups == "3 tasks" else "label"]
+    assert sorted(held) == ([1, 2] if groups == "3 tasks" else [4, 5])
+    assert f"the memory's 2 places are fewer than the {groups} that share them" in caplog.text
+
+    caplog.clear()
+    roomy = Memory(6, torch.Generator().manual_seed(1), selection=selection)
+    fill(roomy, knowing(), examples)
+    assert not caplog.text
 
 
 def test_tasks_are_kept_alike(knowing: Callable[..., Any], examples: Examples) -> None:

@@ -105,6 +105,17 @@ def test_linear_layers_and_norms_need_no_batches_of_one(run_of: Callable[..., Ru
         assert [name.split(".")[-2] for name in single] == tables
 
 
+def test_positions_need_no_batches_of_one_either(
+    run_of: Callable[..., Run], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = run_of("tiny_bert", "full")
+    generator = torch.Generator().manual_seed(0)
+    examples = run.stream.tasks[0].train
+    with caplog.at_level(logging.INFO, logger="clpeft"):
+        fisher_diagonal(run, examples, kind="empirical", examples=4, generator=generator)
+    assert "batches of one" not in caplog.text
+
+
 def test_what_is_drawn_does_not_hang_on_batches(run_of: Callable[..., Run]) -> None:
     run = run_of("tiny_llama", "lora")
     dataset = run.stream.tasks[0].train.select(range(12))

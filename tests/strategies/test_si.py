@@ -94,6 +94,19 @@ def test_gradient_of_the_integral_is_neither_clipped_nor_pulled(
         torch.testing.assert_close(integrated, own, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", ["si", "rwalk"])
+def test_between_steps_no_more_is_held_than_is_saved(
+    finished: Callable[..., Outcome], name: str
+) -> None:
+    """Gradients and weights of a step are not kept on for evaluation and the next task."""
+    outcome = finished(name)
+    (strategy,) = outcome.run.strategies
+    held = [*vars(strategy).values(), *vars(strategy._anchors).values()]  # type: ignore[attr-defined]
+    tensors = [tensor for value in held if isinstance(value, list) for tensor in value]
+    saved = [v for v in outcome.state(3)["strategies"]["0"].values() if isinstance(v, list)]
+    assert sum(t.nbytes for t in tensors) <= sum(t.nbytes for value in saved for t in value)
+
+
 def test_first_task_is_followed_too(finished: Callable[..., Outcome]) -> None:
     state = finished("si").state(1)["strategies"]["0"]
 
