@@ -206,7 +206,7 @@ def _check_combination(config: Config) -> None:
             f"{steppers[0]} and {' and '.join(lost)} cannot be combined: {steppers[0]} replaces "
             f"forward and backward, so a term that is added to the loss would be left out."
         )
-    config.peft.check()
+    _check_peft(config)
     for strategy in strategies.values():
         strategy.check(config)
     if len(config.optimizer.betas) != 2:
@@ -222,6 +222,21 @@ def _check_combination(config: Config) -> None:
         )
 
 
+def _check_peft(config: Config) -> None:
+    peft = config.peft
+    if config.model.task_type not in peft.task_types:
+        raise ConfigError(
+            f"peft={peft.kind} does not work with model.task_type={config.model.task_type}; "
+            f"it works with {', '.join(sorted(peft.task_types))}."
+        )
+    if not peft.supports_quantized and config.quantization.method != "none":
+        raise ConfigError(
+            f"peft={peft.kind} {peft.quantized_reason}, which quantization="
+            f"{config.quantization.method} does not keep; use quantization=none."
+        )
+    peft.check()
+
+
 def _check_capabilities(config: Config, name: str, cls: type[Strategy]) -> None:
     if config.model.task_type not in cls.task_types:
         reason = "" if cls.task_types_reason is None else f", because {cls.task_types_reason}"
@@ -229,9 +244,9 @@ def _check_capabilities(config: Config, name: str, cls: type[Strategy]) -> None:
             f"The strategy '{name}' does not work with model.task_type={config.model.task_type}"
             f"{reason}; it works with {', '.join(sorted(cls.task_types))}."
         )
-    if cls.peft_types is not None and config.peft.method not in cls.peft_types:
+    if cls.peft_types is not None and config.peft.kind not in cls.peft_types:
         raise ConfigError(
-            f"The strategy '{name}' does not work with peft={config.peft.method}; "
+            f"The strategy '{name}' does not work with peft={config.peft.kind}; "
             f"it works with peft={' or peft='.join(sorted(cls.peft_types))}."
         )
     if not cls.supports_quantized and config.quantization.method != "none":

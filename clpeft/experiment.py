@@ -63,7 +63,7 @@ def run_experiment(
     loop = make_loop(run, observers, checkpoints, stop)
     exit_code, results = 1, None
     try:
-        for strategy in run.strategies:
+        for strategy in run.acting:
             strategy.setup(run)
         if saved is not None:
             restore(loop, saved)
@@ -106,7 +106,17 @@ def build_run(config: Config, directory: Path) -> Run:
     allowed = allowed_labels(encoded, 0).to(accelerator.device)
     objective = make_objective(config.model, model, tokenizer, allowed)
     strategies = [STRATEGIES[name].target(values) for name, values in config.strategies.items()]
+    companion = config.peft.companion and config.peft.companion(config.peft)
     base = base_name(config.model, source)
     return Run(
-        config, directory, accelerator, model, tokenizer, encoded, objective, strategies, base
+        config,
+        directory,
+        accelerator,
+        model,
+        tokenizer,
+        encoded,
+        objective,
+        strategies,
+        base,
+        companion,
     )

@@ -71,7 +71,7 @@ class Evaluator:
         run.model.eval()
         try:
             with ExitStack() as stack:
-                for strategy in run.strategies:
+                for strategy in run.acting:
                     stack.enter_context(
                         strategy.evaluating(run, task if self.task_id_given else None)
                     )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from omegaconf import MISSING
 
 from clpeft.config import ConfigError
 from clpeft.registry import PEFT_METHODS
+from clpeft.strategies.base import Strategy
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -27,9 +28,25 @@ PEFT_TASK_TYPES = {
 
 @dataclass
 class PeftMethodConfig:
-    """Settings that every PEFT method has."""
+    """Settings that every PEFT method has, and what it declares of itself.
+
+    Attributes:
+        companion: What the method does to training itself, as AdaLoRA reallocates ranks: hooks
+            that are called after the strategies' own. It is made with these settings.
+    """
 
     method: str = MISSING
+
+    # What the method can do; checked when a run is composed, before a model is loaded.
+    task_types: ClassVar[frozenset[str]] = frozenset(PEFT_TASK_TYPES)
+    supports_quantized: ClassVar[bool] = True
+    quantized_reason: ClassVar[str] = "needs dense base weights"  # why not
+    companion: ClassVar[type[Strategy] | None] = None
+
+    @property
+    def kind(self) -> str:
+        """The method's name, for messages, results and what strategies declare."""
+        return self.method
 
     def check(self) -> None:
         """Refuses impossible settings in one sentence, before a model is loaded.
@@ -62,9 +79,9 @@ def apply_peft(
 
     if isinstance(model, PeftModel):
         carried = model.peft_config[model.active_adapter].peft_type.value.lower()
-        if carried != config.method:
+        if carried != config.kind:
             raise ConfigError(
-                f"peft={config.method} was asked for, but the model at {model.name_or_path} carries"
+                f"peft={config.kind} was asked for, but the model at {model.name_or_path} carries"
                 f" a {carried} adapter already; choose peft={carried} or start from its base model."
             )
         log.info("the model carries its %s adapter already; it is not wrapped again", carried)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from clpeft.peft_methods.base import PeftMethodConfig
 from clpeft.registry import PEFT_METHODS
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 @dataclass
 class FullConfig(PeftMethodConfig):
     """Settings of full fine-tuning: none."""
+
+    supports_quantized: ClassVar[bool] = False
+    quantized_reason: ClassVar[str] = "trains the base's own weights in floating point"
 
 
 @PEFT_METHODS.register("full", config=FullConfig)

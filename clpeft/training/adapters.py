@@ -35,7 +35,7 @@ def save_adapter(run: Run, task: EncodedTask, directory: Path) -> None:
 
 
 def _save(run: Run, task: EncodedTask, folder: Path) -> None:
-    for strategy in run.strategies:
+    for strategy in run.acting:
         if strategy.save_adapter(run, task, folder):
             return
     model: Any = run.model

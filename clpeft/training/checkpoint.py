@@ -179,7 +179,7 @@ def captured(loop: Loop) -> dict[str, Any]:
         # of every process: each has dropout masks of its own
         "random": run.gathered(random_states(run.generator)),
         "parameters": {name: p.detach() for name, p in run.changed.items()},
-        "strategies": {str(i): s.state_dict() for i, s in enumerate(run.strategies)},
+        "strategies": {str(i): s.state_dict() for i, s in enumerate(run.acting)},
         # of fp16; it goes on over all tasks
         "scaler": None if scaler is None else scaler.state_dict(),
         "course": None
@@ -207,7 +207,7 @@ def restore(loop: Loop, state: dict[str, Any]) -> None:
     begun = state["tasks_seen"] + (state["course"] is not None)
     for task in run.stream.tasks[:begun]:
         run.begin(task)
-        for strategy in run.strategies:
+        for strategy in run.acting:
             strategy.before_task(run, task)
         run.refresh_trainable()
     run.step = state["step"]
@@ -216,7 +216,7 @@ def restore(loop: Loop, state: dict[str, Any]) -> None:
     loop.row = state["row"]
     loop.skipped = state["skipped"]
     loop.cost.load_state_dict(state["cost"])
-    for i, strategy in enumerate(run.strategies):
+    for i, strategy in enumerate(run.acting):
         strategy.load_state_dict(state["strategies"][str(i)])
     with torch.no_grad():
         for name, value in state["parameters"].items():

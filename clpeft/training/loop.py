@@ -88,12 +88,12 @@ class Loop:
         self.skipped = 0
         self.unfinished: dict[str, Any] | None = None
         self.random: dict[str, Any] | None = None
-        self.gradient_makers = with_hook(run.strategies, "compute_gradients")
-        self.spectators = with_hook(run.strategies, "task_gradients")
-        self.transformers = with_hook(run.strategies, "transform_gradients")
-        self.batchers = with_hook(run.strategies, "transform_batch")
-        self.terms = with_hook(run.strategies, "loss_terms")
-        self.finishers = with_hook(run.strategies, "after_step")
+        self.gradient_makers = with_hook(run.acting, "compute_gradients")
+        self.spectators = with_hook(run.acting, "task_gradients")
+        self.transformers = with_hook(run.acting, "transform_gradients")
+        self.batchers = with_hook(run.acting, "transform_batch")
+        self.terms = with_hook(run.acting, "loss_terms")
+        self.finishers = with_hook(run.acting, "after_step")
 
     def train(self) -> None:
         """Goes through what is left of the tasks.
@@ -125,18 +125,18 @@ class Loop:
                 # alike in all processes, whatever each has drawn before
                 set_seed(derived_seed(run.config.seed, "task", task.index))
                 run.begin(task)
-                for strategy in run.strategies:
+                for strategy in run.acting:
                     strategy.before_task(run, task)
                 run.refresh_trainable()
                 self.skipped += 1
-            for strategy in run.strategies:
+            for strategy in run.acting:
                 examples = strategy.train_examples(run, task, examples)
         return examples
 
     def finish_task(self, task: EncodedTask) -> None:
         """Lets the strategies take from a trained task what they keep of it."""
         with self.cost.around_task():
-            for strategy in reversed(self.run.strategies):
+            for strategy in reversed(self.run.acting):
                 strategy.after_task(self.run, task)
         self.run.tasks_seen += 1
 

@@ -53,7 +53,7 @@ def collect(loop: Loop, composed: DictConfig) -> dict[str, Any]:
         "scenario": config.stream.scenario,
         "model": config.model.name,
         "task_type": config.model.task_type,
-        "peft": config.peft.method,
+        "peft": config.peft.kind,
         "strategies": list(config.strategies),
         "bound": any(STRATEGIES[name].target.is_bound for name in config.strategies),
         "seed": config.seed,

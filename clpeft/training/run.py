@@ -43,8 +43,10 @@ class Run:
         objective: Forward pass and loss of the task type.
         strategies: In the order in which they act.
         base: Which weights the adapters stand on, for results.
+        companion: What the PEFT method does to training, if anything.
 
     Attributes:
+        acting: All whose hooks are called: the strategies, then the companion.
         task: The task being trained; None before the first.
         tasks_seen: How many tasks are behind the run.
         step: Optimizer steps taken so far, over all tasks.
@@ -71,6 +73,7 @@ class Run:
         objective: Objective,
         strategies: Sequence[Strategy],
         base: str,
+        companion: Strategy | None = None,
     ) -> None:
         self.config = config
         self.directory = directory
@@ -81,6 +84,7 @@ class Run:
         self.stream = stream
         self.objective = objective
         self.strategies = list(strategies)
+        self.acting = [*self.strategies, *([companion] if companion else [])]
         self.base = base
         self.task: EncodedTask | None = None
         self.tasks_seen = 0
