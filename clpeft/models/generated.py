@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # raised when the way a base is built changes, so that cached ones are not mistaken
+FORMAT = 2  # raised when the way a base is built changes, so that cached ones are not mistaken
 MASKED_SHARE = 0.15  # of tokens, in a masked-language-model warm-up (Devlin et al. 2019)
+WORDS_WEIGHT = 3.0  # of the first token's loss beside that of masked tokens
+COMMON = 50  # a word that is much rarer than this counts no more than one that is as rare
 
 
 def generated_base(config: ModelConfig, stream: Stream, cache_dir: Path) -> Path:
@@ -170,13 +172,13 @@ def _warm_up(
         optimizer, lambda step: min((step + 1) / 20, 1.0) * (1 - step / max(config.steps, 1))
     )
     crop = torch.arange(config.length)
+    rarity = 1 / (torch.bincount(running, minlength=len(tokenizer)) + COMMON)
     model.train()
     for _ in range(config.steps):
         last = max(len(running) - config.length, 1)
         starts = torch.randint(last, (config.batch_size, 1), generator=generator)
         block = running[(starts + crop) % len(running)]
-        loss = model(**_language_model_inputs(model, tokenizer, block, generator)).loss
-        loss.backward()
+        _loss(model, tokenizer, block, rarity, generator).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -184,20 +186,29 @@ def _warm_up(
     model.eval()
 
 
-def _language_model_inputs(
+def _loss(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     block: Tensor,
+    rarity: Tensor,
     generator: torch.Generator,
-) -> dict[str, Tensor]:
+) -> Tensor:
+    """The warm-up's loss on crops of the running text [B, L], by the model's family."""
     if model.config.is_encoder_decoder:
         # prefix language modelling (Raffel et al. 2020, §3.2): the rest follows from the beginning
         cut = block.shape[1] // 2
-        return {"input_ids": block[:, :cut], "labels": block[:, cut:].contiguous()}
-    if type(model).__name__.endswith("ForMaskedLM"):
-        masked = torch.rand(block.shape, generator=generator) < MASKED_SHARE
-        return {
-            "input_ids": block.masked_fill(masked, tokenizer.mask_token_id),
-            "labels": block.masked_fill(~masked, -100),
-        }
-    return {"input_ids": block, "labels": block}
+        return model(input_ids=block[:, :cut], labels=block[:, cut:].contiguous()).loss
+    if not type(model).__name__.endswith("ForMaskedLM"):
+        return model(input_ids=block, labels=block).loss
+    masked = torch.rand(block.shape, generator=generator) < MASKED_SHARE
+    masked[:, 0] = False
+    given = block.masked_fill(masked, tokenizer.mask_token_id)
+    given[:, 0] = tokenizer.cls_token_id
+    outputs = model(input_ids=given, labels=block.masked_fill(~masked, -100))
+    # A classifier reads the first token, of which masked tokens ask nothing: it is to know the
+    # words of its text, those above all that not every text has. (BERT has it tell which sentence
+    # follows, for the same reason.)
+    words = block[:, 1:]
+    found = torch.log_softmax(outputs.logits[:, 0], dim=-1).gather(1, words)
+    weights = rarity[words]
+    return outputs.loss - WORDS_WEIGHT * (weights * found).sum() / weights.sum()
