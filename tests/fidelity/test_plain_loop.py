@@ -25,7 +25,7 @@ from clpeft.streams.batching import bucketed_batches
 from tests.running import Outcome, run_it, same_bits
 
 SEED, BATCH, EPOCHS, LR, WARMUP_STEPS = 7, 8, 2, 5e-3, 2
-CLIP = {"tiny_llama": 1.0, "tiny_bert": 0.3, "tiny_t5": 1.0}  # some of the norms are larger
+CLIP = 1.0  # some of the norms are larger, some smaller
 SETTINGS = (
     f"seed={SEED}",
     "stream.num_tasks=2",
@@ -145,11 +145,11 @@ def plain_loop(
 def test_finetune_is_the_plain_loop_bit_by_bit(
     finished: Callable[..., Outcome], bases: Callable[[str], Path], kind: str
 ) -> None:
-    outcome = finished("finetune", *SETTINGS, f"training.max_grad_norm={CLIP[kind]}", model=kind)
+    outcome = finished("finetune", *SETTINGS, f"training.max_grad_norm={CLIP}", model=kind)
     tasks = [list(task.train) for task in outcome.run.stream.tasks]
     torch.manual_seed(SEED)
     model = load(kind, bases(kind))
-    losses = plain_loop(model, tasks, INPUTS[kind], CLIP[kind])
+    losses = plain_loop(model, tasks, INPUTS[kind], CLIP)
 
     assert len(losses) == 2 * EPOCHS * 5
     assert [step["train/loss"] for step in outcome.logged_steps] == losses
@@ -157,7 +157,7 @@ def test_finetune_is_the_plain_loop_bit_by_bit(
     assert same_bits(outcome.after, plain)
     # clipping had something to do, and not always
     norms = [step["train/grad_norm"] for step in outcome.logged_steps]
-    assert min(norms) < CLIP[kind] < max(norms)
+    assert min(norms) < CLIP < max(norms)
 
 
 def test_watching_changes_no_bit(
