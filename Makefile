@@ -50,7 +50,7 @@ real: $(RUN) ## eight strategies on real text, half an hour: make real CLPEFT_DA
 .PHONY: test test-all
 test: $(DEV) ## the tests: of the long matrices a sample in which every strategy comes up
 	$(BIN)/python -m pytest -n 2 -m "not slow"
-test-all: $(DEV) ## all tests, some three quarters of an hour
+test-all: $(DEV) ## all tests, those of the long matrices too
 	$(BIN)/python -m pytest -n 2
 
 .PHONY: quality format
