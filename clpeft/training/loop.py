@@ -185,14 +185,14 @@ class Loop:
         run.prepared, run.optimizer = run.accelerator.prepare(run.model, run.optimizer)
         run.prepared.train()
         course = self.course = Course(0, steps, schedule)
+        run.steps_of_task = steps
         self._seed_steps(task)
         self.observer.on_task_start(task.index, task.name, steps)
         log_every = run.config.tracking.log_every
         with self.cost.training():
             portions = self._portions(examples, course.steps, per_epoch)
             for micro_batches in islice(portions, steps - course.steps):
-                run.progress = course.steps / steps
-                course.steps += 1
+                run.step_of_task = course.steps = course.steps + 1
                 run.logging = (run.step + 1) % log_every == 0 or course.steps == steps
                 logs = self._step(micro_batches)
                 logs["train/epoch"] = course.steps / per_epoch

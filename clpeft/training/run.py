@@ -50,7 +50,8 @@ class Run:
         task: The task being trained; None before the first.
         tasks_seen: How many tasks are behind the run.
         step: Optimizer steps taken so far, over all tasks.
-        progress: What share of the current task's steps was made before this one, from 0 to 1.
+        steps_of_task: Optimizer steps that the current task has in all; known from its first.
+        step_of_task: Which of them is being made, from 1; one that is left out counts too.
         trainable: Name to parameter, those that train, in the model's order.
         optimizer: Of the current task.
         phase: What is going on, for messages: setup, training or evaluation.
@@ -89,7 +90,8 @@ class Run:
         self.task: EncodedTask | None = None
         self.tasks_seen = 0
         self.step = 0
-        self.progress = 0.0
+        self.steps_of_task = 0
+        self.step_of_task = 0
         self.optimizer: Any = None
         self.logging = False
         self.targets: dict[str, float] = {}
@@ -126,6 +128,11 @@ class Run:
         if self.task is None:
             return "none yet"
         return f"'{self.task.name}' ({self.task.index + 1} of {len(self.stream.tasks)})"
+
+    @property
+    def progress(self) -> float:
+        """What share of the current task's steps was made before this one, from 0 to 1."""
+        return (self.step_of_task - 1) / self.steps_of_task
 
     def agree(self, *wishes: int) -> list[int]:
         """The largest of each number over all processes, which all must call this together."""

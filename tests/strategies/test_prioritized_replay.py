@@ -296,7 +296,8 @@ def test_weights_of_a_step(
     replaying: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, progress: float, mixing: str
 ) -> None:
     setup = replaying(mixing=mixing)
-    setup[0].progress = progress
+    setup[0].steps_of_task, setup[0].step_of_task = 2, round(1 + 2 * progress)
+    assert setup[0].progress == progress
     one, other = drawn_weights(monkeypatch, setup)
 
     # P = 0.1, 0.2, 0.3, 0.4; β goes from ½ to 1. The largest weight is that of row 0
