@@ -225,9 +225,10 @@ def _check_combination(config: Config) -> None:
 def _check_peft(config: Config) -> None:
     peft = config.peft
     if config.model.task_type not in peft.task_types:
+        reason = "" if peft.task_types_reason is None else f", because {peft.task_types_reason}"
         raise ConfigError(
-            f"peft={peft.kind} does not work with model.task_type={config.model.task_type}; "
-            f"it works with {', '.join(sorted(peft.task_types))}."
+            f"peft={peft.kind} does not work with model.task_type={config.model.task_type}"
+            f"{reason}; it works with {', '.join(sorted(peft.task_types))}."
         )
     if not peft.supports_quantized and config.quantization.method != "none":
         raise ConfigError(
@@ -319,6 +320,8 @@ def explain(error: Exception) -> str | None:
             "A config group takes the name of one of its options (`clpeft list` shows them), such "
             "as model=tiny_llama, or several of them, as in strategy=[ewc,replay]."
         )
+    if missing := re.search(r"missing mandatory value: [\s\S]*full_key: (\S+)", text):
+        return f"{missing.group(1)} has no value yet and needs one."
     if "Unexpected type for root: NoneType" in text:
         return (
             "A setting is given inside a part of the config that is null here, as model.warmup is "
@@ -354,6 +357,8 @@ def _unknown_key(key: str) -> str:
             f"{key} is set although the strategy '{name}' was not chosen; "
             f"choose strategy={name} or leave it out."
         )
+    if key.startswith("peft.options"):
+        return f"{key} adds an option to those that are set: write +peft.options.<name>=<value>."
     known = sorted(_all_keys())
     return f"The key '{key}' does not exist.{nearest(key, known) if known else ''}"
 

@@ -64,7 +64,7 @@ def tiny(cache_dir: Path, bases: Callable[[str], Path]) -> Callable[..., list[st
     """Overrides of a tiny run under one or several strategies, the base model at hand.
 
     `like` names strategies that it is to be compared with: it is run on a model and in a scenario
-    that all of them work with.
+    that all of them work with. `peft` is a name of PEFT_SETTINGS.
     """
     from tests.settings import (
         SCENARIOS,
@@ -72,17 +72,25 @@ def tiny(cache_dir: Path, bases: Callable[[str], Path]) -> Callable[..., list[st
         base_of,
         models_of,
         overrides_of,
+        peft_overrides,
         scenarios_of,
         side_by_side,
     )
 
-    def overrides(strategy: str, *more: str, model: str | None = None, like: str = "") -> list[str]:
+    def overrides(
+        strategy: str,
+        *more: str,
+        model: str | None = None,
+        like: str = "",
+        peft: str = "lora",
+    ) -> list[str]:
         names = side_by_side(strategy)
         all_names = [*names, *filter(None, like.split("+"))]
         model = model or models_of(*all_names)[0]
         scenario = scenarios_of(*all_names)[0]
         return [
             *TINY,
+            *peft_overrides(peft),
             f"model={model}",
             f"model.path={bases(model)}",
             f"paths.cache_dir={cache_dir}",
@@ -104,8 +112,8 @@ def finished(
 
     done: dict[tuple[str, ...], Outcome] = {}
 
-    def outcome(strategy: str, *more: str, model: str | None = None, like: str = "") -> Outcome:
-        key = tuple(tiny(strategy, *more, model=model, like=like))
+    def outcome(strategy: str, *more: str, **given: str) -> Outcome:
+        key = tuple(tiny(strategy, *more, **given))
         if key not in done:
             directory = tmp_path_factory.mktemp("finished") / strategy.replace(":", "_")
             done[key] = run_it(key, directory)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,6 +25,7 @@ from clpeft.composition import register_schemas, settle
 from clpeft.config import Config
 from clpeft.launching import launch
 from clpeft.training.checkpoint import Checkpoints
+from clpeft.training.loop import Loop
 from clpeft.training.run import Run
 from clpeft.training.state import read_state
 
@@ -143,7 +148,7 @@ def run_it(
 def build_it(overrides: Sequence[str], directory: Path) -> Run:
     """A run as it stands before its first task."""
     run = experiment.build_run(settle(compose_only(overrides)), directory)
-    for strategy in run.strategies:
+    for strategy in run.acting:
         strategy.setup(run)
     return run
 
@@ -151,3 +156,58 @@ def build_it(overrides: Sequence[str], directory: Path) -> Run:
 def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     """Whether two sets of named tensors are equal, bit by bit."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def same_run(resumed: Outcome, whole: Outcome) -> None:
+    """Asserts that nothing but times tells two runs apart."""
+    assert resumed.status["status"] == "completed"
+    assert same_bits(resumed.after, whole.after)
+    one, other = (timeless(outcome.results) for outcome in (resumed, whole))
+    assert one == other
+    histories = [
+        [{k: v for k, v in event.items() if k != "time"} for event in outcome.history]
+        for outcome in (resumed, whole)
+    ]
+    assert histories[0] == histories[1]
+    files = [
+        {p.relative_to(o.directory / "adapters"): p.read_bytes() for p in adapters(o)}
+        for o in (resumed, whole)
+    ]
+    assert files[0] == files[1]
+
+
+def adapters(outcome: Outcome) -> list[Path]:
+    return sorted((outcome.directory / "adapters").glob("*/*"))
+
+
+def timeless(results: dict[str, Any]) -> dict[str, Any]:
+    """What results.json says, without what the clock and the machine's memory decide.
+
+    And without the commit, since someone may commit while the tests run.
+    """
+    environment = {k: v for k, v in results["environment"].items() if k != "git_commit"}
+    cost = {k: v for k, v in results["cost"].items() if "second" not in k and "peak" not in k}
+    return results | {"cost": cost, "environment": environment}
+
+
+def killed_at(overrides: list[str], directory: Path, step: int) -> None:
+    """Trains in a process of its own, which is killed (SIGKILL) once it has made `step` steps."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        try:
+            original = Loop._pause
+
+            def pause(self: Loop, **given: bool) -> None:
+                original(self, **given)
+                if self.run.step >= step and self.course is not None:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            Loop._pause = pause  # type: ignore[method-assign]
+            run_it(overrides, directory)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)  # not reached
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGKILL

@@ -167,15 +167,70 @@ TINY = (
     "training.epochs=2",
     "optimizer.lr=1e-2",
     "optimizer.weight_decay=0.1",
-    "peft.r=8",
-    "peft.alpha=16",
-    "peft.target=auto",
-    "peft.dropout=0.1",
     "tracking.log_every=1",
     "tracking.console=false",
     "tracking.wandb.mode=disabled",
     "training.checkpoint.keep=100",
 )
+
+
+@dataclass(frozen=True)
+class PeftSetting:
+    """How a PEFT method is run."""
+
+    overrides: tuple[str, ...] = ()
+    models: tuple[str, ...] = ("tiny_llama", "tiny_bert", "tiny_t5")  # the first of them is enough
+    exact: bool = True  # whether an adapter that was saved gives the same logits to the bit
+    resting: tuple[str, ...] = ()  # how the names end of what trains and may end as it began
+
+
+# Each a file of conf/peft, or a way of one, as `<file>:<way>`.
+PEFT_SETTINGS: dict[str, PeftSetting] = {
+    "adalora": PeftSetting(
+        (
+            "peft.init_r=6",
+            "peft.target_r=3",
+            "peft.target=auto",
+            "peft.dropout=0.1",
+            "peft.deltaT=2",
+        ),
+        exact=False,  # fewer ranks are multiplied than were trained, the others by 0
+        resting=("lora_E.default",),  # of a module that is left no rank
+    ),
+    "any:loha": PeftSetting(("peft.type=LOHA", "peft.options={r:4,module_dropout:0.1}")),
+    "any:miss": PeftSetting(("peft.type=MISS", "peft.options={r:4}", "peft.target=all-linear")),
+    "any:randlora": PeftSetting(("peft.type=RANDLORA", "peft.options={r:4}")),
+    "any:vblora": PeftSetting(
+        ("peft.type=VBLORA", "peft.options={vector_length:8,num_vectors:16,topk:2}")
+    ),
+    "boft": PeftSetting(),
+    "frozen": PeftSetting(models=("tiny_bert",)),
+    "full": PeftSetting(("optimizer.lr=1e-3",)),
+    "ia3": PeftSetting(),
+    "lora": PeftSetting(
+        ("peft.r=8", "peft.alpha=16", "peft.target=auto", "peft.dropout=0.1"),
+    ),
+    "lora:dora": PeftSetting(("peft.r=4", "peft.use_dora=true", "peft.dropout=0.1")),
+    "lora:patterns": PeftSetting(
+        (
+            "peft.r=4",
+            "peft.target=auto",
+            "peft.use_rslora=true",
+            "peft.layers_to_transform=[1]",
+            "peft.init_lora_weights=gaussian",
+        )
+    ),
+    "oft": PeftSetting(("peft.options.oft_block_size=8",)),
+    "osf": PeftSetting(("optimizer.lr=1e-3",)),
+    "vera": PeftSetting(("peft.options.r=16", "peft.options.vera_dropout=0.1")),
+}
+
+
+def peft_overrides(name: str) -> list[str]:
+    """How a PEFT method of the table is chosen and run; lora is what is chosen by default."""
+    chosen = [] if base_of(name) == "lora" else [f"peft={base_of(name)}"]
+    return [*chosen, *PEFT_SETTINGS[name].overrides]
+
 
 SCENARIOS = ("domain", "class", "task")  # the first is the toy stream's own
 TASK_TYPES = {

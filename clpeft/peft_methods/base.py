@@ -39,6 +39,7 @@ class PeftMethodConfig:
 
     # What the method can do; checked when a run is composed, before a model is loaded.
     task_types: ClassVar[frozenset[str]] = frozenset(PEFT_TASK_TYPES)
+    task_types_reason: ClassVar[str | None] = None  # why only those, as the end of a sentence
     supports_quantized: ClassVar[bool] = True
     quantized_reason: ClassVar[str] = "needs dense base weights"  # why not
     companion: ClassVar[type[Strategy] | None] = None
@@ -78,12 +79,23 @@ def apply_peft(
     from peft import PeftModel
 
     if isinstance(model, PeftModel):
-        carried = model.peft_config[model.active_adapter].peft_type.value.lower()
+        carried = carried_kind(model)
         if carried != config.kind:
+            choice = carried if carried in PEFT_METHODS else f"any peft.type={carried.upper()}"
             raise ConfigError(
                 f"peft={config.kind} was asked for, but the model at {model.name_or_path} carries"
-                f" a {carried} adapter already; choose peft={carried} or start from its base model."
+                f" a {carried} adapter already; choose peft={choice} or start from its base model."
             )
         log.info("the model carries its %s adapter already; it is not wrapped again", carried)
         return model
     return PEFT_METHODS[config.method].target(model, config, task_type, new)
+
+
+def carried_kind(model: PeftModel) -> str:
+    """What kind of adapter a model carries, by the name of the method that puts it there."""
+    from peft.utils.constants import DUMMY_TARGET_MODULES
+
+    config = model.peft_config[model.active_adapter]
+    if config.peft_type == "LORA" and config.target_modules == DUMMY_TARGET_MODULES:
+        return "frozen"
+    return config.peft_type.value.lower()

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from clpeft.config import ConfigError, above, at_least, between, one_of
+from clpeft.config import ConfigError, above, at_least, between, nearest, one_of
 from clpeft.models.targets import find_targets
-from clpeft.peft_methods.base import PEFT_TASK_TYPES, PeftMethodConfig
+from clpeft.peft_methods.base import PeftMethodConfig
+from clpeft.peft_methods.wrap import check_modules, wrap
 from clpeft.registry import PEFT_METHODS
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
-
-HEADS = {"classifier", "score"}  # what PEFT itself trains whole
 
 
 @dataclass
@@ -28,9 +28,15 @@ class LoraSettings(PeftMethodConfig):
     alpha: float = above(0)
     dropout: float = between(0, 1)
     target: Any = MISSING  # auto (query and value), all-linear, or a list of module names
+    rank_pattern: Any = None  # other ranks by the ends of modules' paths: {v_proj: 16}
+    alpha_pattern: Any = None  # other alphas, likewise
+    layers_to_transform: list[int] | None = None  # only those, counted from 0; null: all
     bias: str = one_of("none", "all", "lora_only")
     use_rslora: bool = False
     use_dora: bool = False
+    # those that leave the base as it is: default (A as nn.Linear has it and B = 0), gaussian
+    # (A ~ N(0, 1/r²) and B = 0) and orthogonal (A and B random with B·A = 0)
+    init_lora_weights: str = one_of("default", "gaussian", "orthogonal")
     modules_to_save: list[str] | None = None  # trained whole, beside the task head
 
     def check(self) -> None:
@@ -40,6 +46,14 @@ class LoraSettings(PeftMethodConfig):
                 f"peft.target={self.target} names no modules; set it to auto, all-linear or a list "
                 f"of module names such as [q_proj,v_proj]."
             )
+        _check_pattern("rank_pattern", self.rank_pattern, {int: "whole numbers"})
+        _check_pattern("alpha_pattern", self.alpha_pattern, {int: "numbers", float: "numbers"})
+        ranks = [self.r, *(self.rank_pattern or {}).values()]
+        if self.init_lora_weights == "orthogonal" and any(rank % 2 for rank in ranks):
+            raise ConfigError(
+                f"peft.init_lora_weights=orthogonal needs even ranks, and there is one of "
+                f"{next(rank for rank in ranks if rank % 2)} (in peft.r or peft.rank_pattern)."
+            )
 
 
 @PEFT_METHODS.register("lora", config=LoraSettings)
@@ -48,29 +62,85 @@ def apply_lora(
 ) -> PeftModel:
     """Freezes the model and puts LoRA on its target modules.
 
-    The head of a classifier trains whole, as PEFT does for that task type, and so does what else
-    of it is new.
-
     Raises:
-        ConfigError: If no module of the model matches `config.target`.
+        ConfigError: If no module of the model matches `config.target` or what else names modules
+            or layers.
     """
-    from peft import LoraConfig, get_peft_model
-    from transformers.pytorch_utils import Conv1D
+    from peft import LoraConfig
 
-    new = [path for path in new if not HEADS & set(path.split("."))]
-    return get_peft_model(
+    check_modules(model, config.modules_to_save or [], "peft.modules_to_save")
+    layers_pattern = _layers_pattern(model, config.layers_to_transform)
+    names = find_targets(model, config.target)
+    _check_patterns(model, names, config)
+    return wrap(
         model,
-        LoraConfig(
-            task_type=PEFT_TASK_TYPES[task_type],
-            r=config.r,
-            lora_alpha=config.alpha,
-            lora_dropout=config.dropout,
-            target_modules=find_targets(model, config.target),
-            bias=config.bias,
-            use_rslora=config.use_rslora,
-            use_dora=config.use_dora,
-            modules_to_save=[*(config.modules_to_save or []), *new] or None,
-            exclude_modules=new or None,
-            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-        ),
+        LoraConfig,
+        task_type,
+        new,
+        target=names,
+        r=config.r,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        rank_pattern=config.rank_pattern or {},
+        alpha_pattern=config.alpha_pattern or {},
+        layers_to_transform=config.layers_to_transform,
+        layers_pattern=layers_pattern,
+        bias=config.bias,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        init_lora_weights=config.init_lora_weights == "default" or config.init_lora_weights,
+        modules_to_save=config.modules_to_save,
     )
+
+
+def _check_pattern(name: str, pattern: Any, kinds: Mapping[type, str]) -> None:
+    if pattern is None:
+        return
+    if not isinstance(pattern, dict) or not all(
+        type(value) in kinds and value > 0 for value in pattern.values()
+    ):
+        raise ConfigError(
+            f"peft.{name}={pattern} must map ends of modules' paths to {kinds[int]} above 0, as in "
+            f"peft.{name}={{v_proj: 16}}."
+        )
+
+
+def _check_patterns(model: PreTrainedModel, names: Sequence[str], config: LoraSettings) -> None:
+    """Checks that patterns name modules that are adapted; PEFT passes over those that do not."""
+    adapted = [
+        path
+        for path, _ in model.named_modules()
+        if any(path == name or path.endswith(f".{name}") for name in names)
+    ]
+    patterns = {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
+    for key, pattern in patterns.items():
+        for name in pattern or {}:
+            # as PEFT matches them
+            if not any(re.match(rf"(.*\.)?({name})$", path) for path in adapted):
+                raise ConfigError(
+                    f"peft.{key} names '{name}', which no module that peft.target={config.target} "
+                    f"means is called.{nearest(name, names)}"
+                )
+
+
+def _layers_pattern(model: PreTrainedModel, layers: Sequence[int] | None) -> list[str] | None:
+    """What a model calls its stacks of layers, for PEFT to count by where only some are meant.
+
+    Left to itself PEFT counts by the last number in a path, which in T5 is not a layer's.
+    """
+    if layers is None:
+        return None
+    from torch import nn
+
+    stacks: dict[str, int] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{s}.") for s in stacks):
+            stacks[path] = len(module)
+    depth = max(stacks.values(), default=0)
+    for layer in layers:
+        if not 0 <= layer < depth:
+            raise ConfigError(
+                f"peft.layers_to_transform names layer {layer}, but {type(model).__name__} has "
+                f"{depth} layers, counted from 0."
+            )
+    return sorted({path.rpartition(".")[2] for path in stacks})

@@ -82,6 +82,22 @@ class OLoRA(Strategy):
                 f"peft.bias={config.peft.bias} does not work with strategy=olora: biases would be "
                 f"shared by all tasks' adapters; set peft.bias=none."
             )
+        patterns = {
+            "rank_pattern": config.peft.rank_pattern,
+            "alpha_pattern": config.peft.alpha_pattern,
+        }
+        for name, pattern in patterns.items():
+            if pattern is not None:
+                raise ConfigError(
+                    f"peft.{name} does not work with strategy=olora, which writes the updates of "
+                    f"all tasks as one LoRA of one rank and scaling; set peft.{name}=null."
+                )
+        if config.peft.init_lora_weights != "default":
+            raise ConfigError(
+                f"peft.init_lora_weights={config.peft.init_lora_weights} does not work with "
+                f"strategy=olora, which starts each task's A and B as LoRA's paper does; set "
+                f"peft.init_lora_weights=default."
+            )
 
     def setup(self, run: Run) -> None:
         self._previous_a: dict[str, Tensor] = {}  # by module path, [k·r, d_in]

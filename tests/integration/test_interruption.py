@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +17,7 @@ import torch
 from clpeft.evaluation.evaluator import Evaluator
 from clpeft.strategies.base import Strategy
 from clpeft.training.loop import Loop
-from tests.running import Outcome, compose_only, run_it, same_bits
+from tests.running import Outcome, compose_only, killed_at, run_it, same_bits, same_run
 from tests.settings import STRATEGY_SETTINGS, VARIED, base_of, models_of, side_by_side
 
 NAMES = sorted(STRATEGY_SETTINGS)
@@ -27,61 +25,6 @@ EVERY = "training.checkpoint.every_steps=3"
 
 Overrides = Callable[..., list[str]]
 Finished = Callable[..., Outcome]
-
-
-def same_run(resumed: Outcome, whole: Outcome) -> None:
-    """Asserts that nothing but times tells two runs apart."""
-    assert resumed.status["status"] == "completed"
-    assert same_bits(resumed.after, whole.after)
-    one, other = (timeless(outcome.results) for outcome in (resumed, whole))
-    assert one == other
-    histories = [
-        [{k: v for k, v in event.items() if k != "time"} for event in outcome.history]
-        for outcome in (resumed, whole)
-    ]
-    assert histories[0] == histories[1]
-    files = [
-        {p.relative_to(o.directory / "adapters"): p.read_bytes() for p in adapters(o)}
-        for o in (resumed, whole)
-    ]
-    assert files[0] == files[1]
-
-
-def adapters(outcome: Outcome) -> list[Path]:
-    return sorted((outcome.directory / "adapters").glob("*/*"))
-
-
-def timeless(results: dict[str, Any]) -> dict[str, Any]:
-    """What results.json says, without what the clock and the machine's memory decide.
-
-    And without the commit, since someone may commit while the tests run.
-    """
-    environment = {k: v for k, v in results["environment"].items() if k != "git_commit"}
-    cost = {k: v for k, v in results["cost"].items() if "second" not in k and "peak" not in k}
-    return results | {"cost": cost, "environment": environment}
-
-
-def killed_at(overrides: list[str], directory: Path, step: int) -> None:
-    """Trains in a process of its own, which is killed (SIGKILL) once it has made `step` steps."""
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        try:
-            original = Loop._pause
-
-            def pause(self: Loop, **given: bool) -> None:
-                original(self, **given)
-                if self.run.step >= step and self.course is not None:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-            Loop._pause = pause  # type: ignore[method-assign]
-            run_it(overrides, directory)
-        except BaseException:
-            traceback.print_exc()
-        os._exit(1)  # not reached
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status)
-    assert os.WTERMSIG(status) == signal.SIGKILL
 
 
 def total_steps(name: str, tasks: int) -> int:

@@ -457,8 +457,7 @@ WITHOUT_ADAPTER = [
 
 @pytest.mark.parametrize("name", in_turns(WITHOUT_ADAPTER, 2))
 def test_full_fine_tuning(tiny: Overrides, tmp_path: Path, name: str) -> None:
-    full = [o for o in tiny(name) if not o.startswith("peft.")]
-    full += ["peft=full", "optimizer.lr=1e-3", "stream.num_tasks=2", "training.epochs=1"]
+    full = tiny(name, "stream.num_tasks=2", "training.epochs=1", peft="full")
     whole = run_it(full, tmp_path / "whole")
     run_it(full, tmp_path / "run", interrupt_after=1)
     resumed = run_it(full, tmp_path / "run")

@@ -26,9 +26,7 @@ def run_of(tiny: Overrides, tmp_path: Path) -> Callable[..., Run]:
     """A run before its first step, its adapter moved off its start, where B is 0."""
 
     def make(model: str, peft: str) -> Run:
-        overrides = tiny("finetune", model=model)
-        if peft == "full":
-            overrides = [o for o in overrides if not o.startswith("peft.")] + ["peft=full"]
+        overrides = tiny("finetune", model=model, peft=peft)
         _, config = compose([*overrides, "peft.target=all-linear"] if peft == "lora" else overrides)
         run = build_run(config, tmp_path)
         generator = torch.Generator().manual_seed(0)

@@ -70,8 +70,7 @@ def test_student_is_as_it_was_after_an_error(regression: Fixture) -> None:
 
 def test_tied_weights_are_replaced_everywhere(tiny: Overrides, tmp_path: Path) -> None:
     """With peft=full the embedding is the head's weight too: one parameter in two places."""
-    overrides = [o for o in tiny("finetune") if not o.startswith("peft.")]
-    run = experiment.build_run(compose([*overrides, "peft=full"])[1], tmp_path)
+    run = experiment.build_run(compose(tiny("finetune", peft="full"))[1], tmp_path)
     generator = torch.Generator().manual_seed(0)
     weights = {
         name: p.detach() + 0.1 * torch.randn(p.shape, generator=generator)

@@ -1,0 +1,148 @@
+"""Every PEFT method on the toy stream: trained, saved, loaded, switched, killed and gone on with.
+
+Driven by PEFT_SETTINGS in tests/settings.py: a new method adds a row there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
+
+from clpeft.composition import settle
+from clpeft.config import ConfigError
+from tests.running import Outcome, compose_only, killed_at, run_it, same_run
+from tests.settings import PEFT_SETTINGS, TASK_TYPES, base_of
+
+NAMES = sorted(PEFT_SETTINGS)
+ADAPTERS = [name for name in NAMES if name != "full"]
+AUTO = {
+    "causal_lm": AutoModelForCausalLM,
+    "sequence_classification": AutoModelForSequenceClassification,
+    "seq2seq_lm": AutoModelForSeq2SeqLM,
+}
+SHORT = ("stream.num_tasks=2", "training.epochs=1")  # tasks of four steps
+
+Overrides = Callable[..., list[str]]
+Finished = Callable[..., Outcome]
+Bases = Callable[[str], Path]
+
+# without nvcc there is no CUDA extension of BOFT's; it is not needed for one butterfly factor
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension"),
+    pytest.mark.filterwarnings("ignore:Setting boft_n_butterfly_factor to 1"),
+    # PEFT takes AdaLoRA's, which names parameters, for LoRA's, which names modules
+    pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match"),
+]
+
+
+def cells(names: list[str]) -> list[Any]:
+    """Methods with each kind of model that they are for; CI runs the first of each."""
+    return [
+        pytest.param(name, model, marks=[pytest.mark.slow] if place else [])
+        for name in names
+        for place, model in enumerate(PEFT_SETTINGS[name].models)
+    ]
+
+
+def loaded(outcome: Outcome, base: Path, *tasks: int) -> Any:
+    """A model from its source, with the adapters of some tasks, as PEFT alone loads them."""
+    kind = outcome.run.config.model.task_type
+    labels = len(outcome.run.stream.stream.label_names)
+    more = {"num_labels": labels} if kind == "sequence_classification" else {}
+    folders = [next((outcome.directory / "adapters").glob(f"{task}_*")) for task in tasks]
+    model = AUTO[kind].from_pretrained(base, **more)
+    adapted = PeftModel.from_pretrained(model, folders[0], adapter_name=f"task{tasks[0]}")
+    for task, folder in zip(tasks[1:], folders[1:], strict=True):
+        adapted.load_adapter(folder, adapter_name=f"task{task}")
+    return adapted.eval()
+
+
+@torch.no_grad()
+def logits(outcome: Outcome, model: Any) -> Tensor:
+    """What a model makes of the first test examples."""
+    run = outcome.run
+    batch = run.loader(run.stream.tasks[0].test, shuffle=False).batch(0)
+    return run.objective.forward(model.eval(), batch).logits
+
+
+def test_every_method_has_a_row() -> None:
+    shipped = {item.name for item in (resources.files("clpeft.conf") / "peft").iterdir()}
+
+    assert {f"{base_of(name)}.yaml" for name in NAMES} == shipped
+
+
+@pytest.mark.parametrize(("name", "model"), cells(NAMES))
+def test_all_that_is_to_train_does_and_nothing_else(
+    finished: Finished, name: str, model: str
+) -> None:
+    outcome = finished("finetune", *SHORT, model=model, peft=name)
+    frozen = outcome.before.keys() - outcome.trainable.keys()
+    after = outcome.after
+
+    assert outcome.trainable
+    assert bool(frozen) == (name != "full")
+    assert [p for p in frozen if not torch.equal(outcome.before[p], after[p])] == []
+    assert all(after[parameter].grad is None for parameter in frozen)
+    still = [p for p in outcome.trainable if torch.equal(outcome.before[p], after[p])]
+    assert [p for p in still if not p.endswith(PEFT_SETTINGS[name].resting)] == []
+    assert outcome.results["peft"] == outcome.run.config.peft.kind
+    assert outcome.results["parameters"]["trainable"] == sum(
+        p.numel() for p in outcome.trainable.values()
+    )
+
+
+@pytest.mark.parametrize(("name", "model"), cells(ADAPTERS))
+def test_saved_adapters_are_the_model_that_was_trained(
+    finished: Finished, bases: Bases, name: str, model: str
+) -> None:
+    """Each task's adapter by itself, and both in one model, one after the other."""
+    outcome = finished("finetune", *SHORT, model=model, peft=name)
+    base = bases(model)
+    alone = [logits(outcome, loaded(outcome, base, task)) for task in (1, 2)]
+    together = loaded(outcome, base, 1, 2)
+
+    trained = logits(outcome, outcome.run.model)
+    if PEFT_SETTINGS[name].exact:
+        assert torch.equal(alone[1], trained)
+    else:  # float32 sums of fewer terms
+        torch.testing.assert_close(alone[1], trained, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(alone[0], alone[1])
+    for task in (2, 1, 2):
+        together.set_adapter(f"task{task}")
+        assert torch.equal(logits(outcome, together), alone[task - 1])
+
+
+@pytest.mark.parametrize(("name", "model"), cells(NAMES))
+def test_killed_in_the_second_task_it_ends_in_the_same_bits(
+    finished: Finished, tiny: Overrides, tmp_path: Path, name: str, model: str
+) -> None:
+    every = "training.checkpoint.every_steps=1"
+    # the second step of the second task's four
+    killed_at(tiny("finetune", *SHORT, every, model=model, peft=name), tmp_path / "run", 6)
+    resumed = run_it(tiny("finetune", *SHORT, every, model=model, peft=name), tmp_path / "run")
+
+    assert resumed.status["attempt"] == 2
+    same_run(resumed, finished("finetune", *SHORT, model=model, peft=name))
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [(name, m) for name in NAMES for m in TASK_TYPES if m not in PEFT_SETTINGS[name].models],
+)
+def test_other_kinds_of_model_are_refused(tiny: Overrides, name: str, model: str) -> None:
+    with pytest.raises(
+        ConfigError, match=f"does not work with model.task_type={TASK_TYPES[model]}"
+    ):
+        settle(compose_only(tiny("finetune", model=model, peft=name)))
