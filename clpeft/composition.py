@@ -200,6 +200,9 @@ def _check_combination(config: Config) -> None:
             f"choose one of them."
         )
     adders = [n for n, strategy in strategies.items() if defines(strategy, "loss_terms")]
+    companion = config.peft.companion and config.peft.companion(config.peft)
+    if companion is not None and defines(companion, "loss_terms"):
+        adders.append(f"peft={config.peft.kind}")
     lost = [name for name in adders if name not in steppers]
     if steppers and lost:
         raise ConfigError(
@@ -235,6 +238,8 @@ def _check_peft(config: Config) -> None:
             f"peft={peft.kind} {peft.quantized_reason}, which quantization="
             f"{config.quantization.method} does not keep; use quantization=none."
         )
+    if peft.companion is not None:
+        _check_processes(f"peft={peft.kind}", peft.companion)
     peft.check()
 
 
@@ -260,15 +265,19 @@ def _check_capabilities(config: Config, name: str, cls: type[Strategy]) -> None:
             f"The strategy '{name}' does not work with training.gradient_accumulation="
             f"{config.training.gradient_accumulation}; set it to 1 and raise training.batch_size."
         )
+    _check_processes(f"The strategy '{name}'", cls)
+
+
+def _check_processes(subject: str, cls: type[Strategy]) -> None:
     if (shards := sharding()) is not None and shards not in cls.supports_sharding:
         known = ", ".join(sorted(cls.supports_sharding)) or "none yet"
         raise ConfigError(
-            f"The strategy '{name}' is not known to work with a model in shards ({shards} was "
+            f"{subject} is not known to work with a model in shards ({shards} was "
             f"asked for; it works with: {known}); start it with launch/accelerate/ddp.yaml."
         )
     if not cls.supports_multi_process and world_size() > 1:
         raise ConfigError(
-            f"The strategy '{name}' is not known to give the same result on several processes; "
+            f"{subject} is not known to give the same result on several processes; "
             f"start it with one process (WORLD_SIZE is {world_size()})."
         )
 
