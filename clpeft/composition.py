@@ -77,6 +77,18 @@ def settle(composed: DictConfig) -> Config:
     Raises:
         ConfigError: For anything that could not work, in one sentence.
     """
+    config = as_dataclasses(composed)
+    check_fields(config, "")
+    check_combination(config)
+    return config
+
+
+def as_dataclasses(composed: DictConfig) -> Config:
+    """A composed config with the names and types of its schemas; its values are unchecked.
+
+    Raises:
+        ConfigError: If something in it does not exist, or is of the wrong type.
+    """
     _check_chosen(composed)
     typed = _fitted(Config, OmegaConf.to_container(composed, resolve=True), "")
     nodes = [(f"strategies.{name}", STRATEGIES[name].config) for name in composed.strategies]
@@ -85,10 +97,7 @@ def settle(composed: DictConfig) -> Config:
     for path, schema in nodes:
         plain = OmegaConf.to_container(OmegaConf.select(typed, path), resolve=True)
         OmegaConf.update(typed, path, _fitted(schema, plain, f"{path}."), merge=False)
-    config: Config = OmegaConf.to_object(typed)  # type: ignore[assignment]
-    check_fields(config, "")
-    _check_combination(config)
-    return config
+    return OmegaConf.to_object(typed)  # type: ignore[return-value]
 
 
 def _fitted(schema: type, values: Any, path: str) -> DictConfig:
@@ -170,7 +179,12 @@ def _check_range(given: str, number: Any, limits: Mapping[str, Any]) -> None:
         raise ConfigError(f"{given} is too large; it must be at most {maximum}.")
 
 
-def _check_combination(config: Config) -> None:
+def check_combination(config: Config) -> None:
+    """Checks whether the parts of a config go together.
+
+    Raises:
+        ConfigError: If they do not, in one sentence.
+    """
     names = list(config.strategies)
     classes: dict[str, type[Strategy]] = {name: STRATEGIES[name].target for name in names}
     for name, cls in classes.items():
