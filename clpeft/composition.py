@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from typing import Any
 
@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from clpeft.config import Config, ConfigError, RunError, nearest
+from clpeft.models.quantize import QUANTIZATIONS
 from clpeft.processes import sharding, world_size
 from clpeft.registry import PEFT_METHODS, STRATEGIES, STREAMS
 from clpeft.slurm import SlurmSettings
@@ -45,6 +46,8 @@ def register_schemas() -> None:
     for registry in (STRATEGIES, PEFT_METHODS, STREAMS):
         for entry in registry:
             store.store(group=f"schema/{registry.kind}", name=entry.name, node=entry.config)
+    for name, schema in QUANTIZATIONS.items():
+        store.store(group="schema/quantization", name=name, node=schema)
     shipped = resources.files("clpeft.conf") / "strategy"
     for entry in STRATEGIES:
         # a third party's strategy can be chosen without a YAML; its dataclass gives the values
@@ -94,6 +97,7 @@ def as_dataclasses(composed: DictConfig) -> Config:
     nodes = [(f"strategies.{name}", STRATEGIES[name].config) for name in composed.strategies]
     nodes += [("peft", PEFT_METHODS[composed.peft.method].config)]
     nodes += [("stream", STREAMS[composed.stream.kind].config)]
+    nodes += [("quantization", QUANTIZATIONS[composed.quantization.method])]
     for path, schema in nodes:
         plain = OmegaConf.to_container(OmegaConf.select(typed, path), resolve=True)
         OmegaConf.update(typed, path, _fitted(schema, plain, f"{path}."), merge=False)
@@ -118,6 +122,10 @@ def _check_chosen(composed: DictConfig) -> None:
         if name not in registry:
             options = [entry.name for entry in registry]
             raise ConfigError(f"{group}={name} does not exist.{nearest(name, options)}")
+    if (method := composed.quantization.method) not in QUANTIZATIONS:
+        raise ConfigError(
+            f"quantization.method={method} does not exist.{nearest(method, QUANTIZATIONS)}"
+        )
     for name, node in composed.strategies.items():
         if name not in STRATEGIES:
             options = [entry.name for entry in STRATEGIES]
@@ -254,6 +262,11 @@ def _check_peft(config: Config) -> None:
         )
     if peft.companion is not None:
         _check_processes(f"peft={peft.kind}", peft.companion)
+    if peft.trains_biases and config.quantization.method != "none":
+        raise ConfigError(
+            f"peft.bias={peft.bias} trains biases of the base, whose number format quantization="
+            f"{config.quantization.method} decides; set peft.bias=none."
+        )
     peft.check()
 
 
@@ -382,8 +395,24 @@ def _unknown_key(key: str) -> str:
         )
     if key.startswith("peft.options"):
         return f"{key} adds an option to those that are set: write +peft.options.<name>=<value>."
+    options = [
+        f"{group}={name}"
+        for group, name, schema in _chosen_schemas()
+        if parts[0] == group and parts[-1] in {field.name for field in dataclasses.fields(schema)}
+    ]
+    if options:
+        return f"{key} is a setting of {' and '.join(options)}, and something else was chosen."
     known = sorted(_all_keys())
     return f"The key '{key}' does not exist.{nearest(key, known) if known else ''}"
+
+
+def _chosen_schemas() -> Iterator[tuple[str, str, type]]:
+    """Group, option and settings of the parts whose settings hang on what is chosen."""
+    for registry in (PEFT_METHODS, STREAMS):
+        for entry in registry:
+            yield registry.kind, entry.name, entry.config
+    for name, schema in QUANTIZATIONS.items():
+        yield "quantization", name, schema
 
 
 def _all_keys() -> set[str]:
@@ -399,6 +428,6 @@ def _all_keys() -> set[str]:
 
     groups = {"model", "peft", "strategy", "stream", "optimizer", "scheduler", "training"}
     found = keys(Config, "") | keys(SlurmSettings, "hydra.launcher.") | groups
-    for entry in (*PEFT_METHODS, *STREAMS):
-        found |= keys(entry.config, "peft." if entry in list(PEFT_METHODS) else "stream.")
+    for group, _, schema in _chosen_schemas():
+        found |= keys(schema, f"{group}.")
     return found

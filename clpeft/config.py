@@ -84,17 +84,10 @@ class ModelConfig:
 
 
 @dataclass
-class QuantizationConfig:
-    """How the frozen base is stored."""
-
-    method: str = one_of("none")
-
-
-@dataclass
 class OptimizerConfig:
     """The optimizer, made anew for every task."""
 
-    name: str = one_of("adamw", "adam", "sgd")
+    name: str = one_of("adamw", "adam", "sgd", "adamw_8bit", "paged_adamw_8bit")
     lr: float = at_least(0)
     weight_decay: float = at_least(0, default=0.0)
     betas: list[float] = field(
@@ -135,6 +128,7 @@ class TrainingConfig:
     max_grad_norm: float | None = above(0, default=None)  # null: no clipping
     precision: str = one_of("no", "bf16", "fp16")
     gradient_checkpointing: bool = MISSING
+    compile: bool = MISSING  # the model's forward pass, by torch.compile
     on_nan: str = one_of("stop", "skip")  # a loss or gradient that is not finite
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
@@ -187,7 +181,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     peft: Any = MISSING
     strategies: dict[str, Any] = field(default_factory=dict)
-    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    quantization: Any = MISSING
     stream: Any = MISSING
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)

@@ -97,7 +97,8 @@ def build_run(config: Config, directory: Path) -> Run:
         encoded = encode_stream(stream, tokenizer, config.model.task_type, cache_dir=str(cache_dir))
     # from here on the run's own draws: a new head, the adapter's first weights, dropout
     set_seed(config.seed)
-    model, new = load_model(config.model, source, tokenizer, len(stream.label_names))
+    labels, whole = len(stream.label_names), config.peft.trained_whole
+    model, new = load_model(config.model, source, tokenizer, labels, config.quantization, whole)
     model = apply_peft(model, config.peft, config.model.task_type, new)
     if config.training.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

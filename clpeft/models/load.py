@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from clpeft.models.objective import (
     Seq2SeqObjective,
     takes_logits_to_keep,
 )
+from clpeft.models.quantize import QuantizationConfig, kept_whole, number_of_weights, prepare
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -30,6 +32,7 @@ log = logging.getLogger(__name__)
 
 # what modules that hold a vector per position are called
 POSITIONS = {"position_embeddings", "embed_positions", "wpe"}
+NOT_QUANTIZED = QuantizationConfig("none")
 
 
 def check_model(config: ModelConfig) -> None:
@@ -93,7 +96,12 @@ def load_tokenizer(config: ModelConfig, source: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    config: ModelConfig, source: str, tokenizer: PreTrainedTokenizerBase, labels: int
+    config: ModelConfig,
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: int,
+    quantization: QuantizationConfig = NOT_QUANTIZED,
+    whole: Sequence[str] = (),
 ) -> tuple[PreTrainedModel | PeftModel, list[str]]:
     """Loads a base model, or one that carries an adapter already.
 
@@ -102,13 +110,15 @@ def load_model(
         source: A folder or a name on the Hub.
         tokenizer: Its tokenizer.
         labels: Size of the stream's label space, for a classification head.
+        quantization: How the base is stored.
+        whole: Names of its modules that train whole, and so are not quantized.
 
     Returns:
         The model, and the paths of its modules that the source has no weights for. A classifier
         has such besides its head where the source is a language model, as a BERT's pooler is.
 
     Raises:
-        ConfigError: If it cannot be loaded.
+        ConfigError: If it cannot be loaded, or is stored quantized already.
     """
     from transformers import (
         AutoModelForCausalLM,
@@ -127,9 +137,19 @@ def load_model(
     }[config.task_type]
     if config.task_type == "sequence_classification":
         options |= {"num_labels": labels, "ignore_mismatched_sizes": True}
+    if quantization.method != "none":
+        # what it is made of, without its weights: which modules are new is known only then
+        skeleton, found = _loaded(auto, base or source, config, **options, device_map="meta")
+        _check_is_plain(skeleton, base or source)
+        kept = kept_whole(skeleton, _new_modules(found), [*whole, *_trained_whole(source)])
+        options["quantization_config"] = quantization.told(kept)
     model, found = _loaded(auto, base or source, config, **options)
     model.config.pad_token_id = tokenizer.pad_token_id
-    new = sorted({name.rpartition(".")[0] for name in found["missing_keys"]})
+    if quantization.method != "none":
+        model = prepare(model)
+    else:
+        _check_is_plain(model, base or source)
+    new = _new_modules(found)
     if base is None:
         return model, new
     from peft import PeftModel
@@ -192,17 +212,45 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     """How many numbers a model holds and how many of them train: (total, trainable)."""
     parameters = list(model.parameters())
     return (
-        sum(p.numel() for p in parameters),
+        sum(number_of_weights(p) for p in parameters),
         sum(p.numel() for p in parameters if p.requires_grad),
     )
 
 
+def _new_modules(found: dict[str, Any]) -> list[str]:
+    """Paths of the modules that a source has no weights for, from what loading it told."""
+    return sorted({name.rpartition(".")[0] for name in found["missing_keys"]})
+
+
+def _check_is_plain(model: PreTrainedModel, source: str) -> None:
+    """Checks that a model's source is not quantized.
+
+    Raises:
+        ConfigError: If it is: what of it is quantized, and how, would not be what the run's
+            settings say.
+    """
+    if stored := model.config.to_dict().get("quantization_config"):
+        raise ConfigError(
+            f"The model at {source} is stored quantized already ({stored['quant_method']}); take one "
+            f"with plain weights, and quantization=nf4 or int8."
+        )
+
+
 def _adapted_base(source: str) -> str | None:
     """The base model of an adapter's folder; None where the source is none."""
-    adapter = Path(source) / "adapter_config.json"
-    if not adapter.is_file():
-        return None
-    return str(json.loads(adapter.read_text())["base_model_name_or_path"])
+    adapter = _adapter_settings(source)
+    return None if adapter is None else str(adapter["base_model_name_or_path"])
+
+
+def _trained_whole(source: str) -> list[str]:
+    """Names of the base's modules that an adapter's folder has whole; of other sources none."""
+    return (_adapter_settings(source) or {}).get("modules_to_save") or []
+
+
+def _adapter_settings(source: str) -> dict[str, Any] | None:
+    """What an adapter's folder says of it; None where the source is none."""
+    path = Path(source) / "adapter_config.json"
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def _dtype(name: str) -> torch.dtype | str:

@@ -49,6 +49,16 @@ class PeftMethodConfig:
         """The method's name, for messages, results and what strategies declare."""
         return self.method
 
+    @property
+    def trained_whole(self) -> list[str]:
+        """Names of the base's modules that train whole; they are not quantized."""
+        return []
+
+    @property
+    def trains_biases(self) -> bool:
+        """Whether biases of the base train."""
+        return False
+
     def check(self) -> None:
         """Refuses impossible settings in one sentence, before a model is loaded.
 

@@ -39,6 +39,14 @@ class LoraSettings(PeftMethodConfig):
     init_lora_weights: str = one_of("default", "gaussian", "orthogonal")
     modules_to_save: list[str] | None = None  # trained whole, beside the task head
 
+    @property
+    def trained_whole(self) -> list[str]:
+        return self.modules_to_save or []
+
+    @property
+    def trains_biases(self) -> bool:
+        return self.bias != "none"
+
     def check(self) -> None:
         names = self.target if isinstance(self.target, list) else [self.target]
         if not names or not all(isinstance(name, str) for name in names):

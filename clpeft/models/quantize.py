@@ -1,0 +1,156 @@
+"""Base models that are stored in 8 or 4 bits, and how one is got ready to carry an adapter."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from omegaconf import MISSING
+from torch import nn
+
+from clpeft.config import ConfigError, at_least, one_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# what a state dict has beside tensors of the model: how they are to be read
+DESCRIPTIONS = ("weight_format", "quant_state.bitsandbytes__nf4")
+
+
+@dataclass
+class QuantizationConfig:
+    """How the frozen base is stored."""
+
+    method: str = MISSING
+
+    def told(self, kept: Sequence[str]) -> Any:
+        """What `from_pretrained` takes as `quantization_config`.
+
+        Args:
+            kept: Paths of modules that stay in floating point.
+        """
+        raise AssertionError("only asked where there is one")
+
+
+@dataclass
+class Int8Config(QuantizationConfig):
+    """LLM.int8() (Dettmers et al. 2022): 8 bits per weight and a scale per row."""
+
+    threshold: float = at_least(0)  # inputs beyond it are multiplied in 16 bits; 0: none are
+
+    def told(self, kept: Sequence[str]) -> Any:
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(
+            load_in_8bit=True,
+            llm_int8_threshold=self.threshold,
+            llm_int8_skip_modules=list(kept),
+        )
+
+
+@dataclass
+class NF4Config(QuantizationConfig):
+    """4-bit NormalFloat (Dettmers et al. 2023, QLoRA): 16 levels, a scale per 64 weights."""
+
+    double_quantization: bool = MISSING  # the scales in 8 bits too
+    compute_dtype: str = one_of("float32", "bfloat16", "float16")  # of products with the base
+
+    def told(self, kept: Sequence[str]) -> Any:
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=self.double_quantization,
+            bnb_4bit_compute_dtype=self.compute_dtype,
+            llm_int8_skip_modules=list(kept),
+        )
+
+
+QUANTIZATIONS: dict[str, type[QuantizationConfig]] = {
+    "none": QuantizationConfig,
+    "int8": Int8Config,
+    "nf4": NF4Config,
+}
+
+
+def check_bitsandbytes(wanted: str) -> None:
+    """Checks that the package is there which stores bases, and optimizer states, in few bits.
+
+    Args:
+        wanted: The switch that needs it.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"{wanted} needs the package bitsandbytes, which is not installed: "
+            f"pip install 'clpeft[quantization]'."
+        )
+
+
+def quiet_bitsandbytes() -> None:
+    """Leaves it its errors; it says of each product that its inputs are rounded to 16 bits."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def kept_whole(skeleton: PreTrainedModel, new: Sequence[str], named: Sequence[str]) -> list[str]:
+    """What of a model stays in floating point: heads, new modules, and those that train whole.
+
+    Args:
+        skeleton: The model, its weights not needed.
+        new: Paths of modules that the source has no weights for.
+        named: Names of modules that the user has train whole.
+    """
+    backbone, head = skeleton.base_model, skeleton.get_output_embeddings()
+    heads = [path for path, module in skeleton.named_modules() if module is head]
+    if backbone is not skeleton:
+        heads += [name for name, child in skeleton.named_children() if child is not backbone]
+    return sorted({*heads, *new, *named})
+
+
+def prepare(model: PreTrainedModel) -> PreTrainedModel:
+    """Gets a quantized model ready to train an adapter on.
+
+    All of it is frozen, and what is not quantized (norms, embeddings, heads) computes in float32,
+    where 16 bits would be too few to add up small changes in.
+    """
+    from peft import prepare_model_for_kbit_training
+
+    # with checkpointing that is not reentrant, which a run turns on itself, nothing more is needed
+    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    for layer in _four_bit_layers(model):
+        # On a CPU with AVX512-BF16 the first evaluation would pack the weights anew, for a product
+        # that has no gradient: later training would go on without the base's part of it.
+        layer.support_avx512bf16_for_cpu = False
+        if layer.bias is not None:
+            # as the first forward pass would, which would change the base while it trains
+            layer.bias.data = layer.bias.data.to(layer.compute_dtype)
+    return model
+
+
+def _four_bit_layers(model: nn.Module) -> Iterator[Any]:
+    return (module for module in model.modules() if type(module).__name__ == "Linear4bit")
+
+
+def number_of_weights(parameter: nn.Parameter) -> int:
+    """How many weights a parameter stands for: of one in 4 bits two to each entry."""
+    if type(parameter).__name__ == "Params4bit":
+        return parameter.quant_state.shape.numel()  # type: ignore[union-attr]
+    return parameter.numel()
+
+
+def base_bytes(model: nn.Module) -> int:
+    """What the frozen weights take, with the scales and levels that a quantized one needs."""
+    trained = {parameter.data_ptr() for parameter in model.parameters() if parameter.requires_grad}
+    frozen = {
+        tensor.data_ptr(): tensor.nbytes
+        for name, tensor in model.state_dict().items()
+        if not name.endswith(DESCRIPTIONS)
+    }
+    return sum(size for place, size in frozen.items() if place not in trained)
