@@ -221,6 +221,11 @@ def check_combination(config: Config) -> None:
             f"{' and '.join(steppers)} cannot be combined: each replaces forward and backward; "
             f"choose one of them."
         )
+    if steppers and config.training.compile:
+        raise ConfigError(
+            f"training.compile=true compiles a forward pass that the strategy '{steppers[0]}' "
+            f"replaces; set it to false."
+        )
     adders = [n for n, strategy in strategies.items() if defines(strategy, "loss_terms")]
     companion = config.peft.companion and config.peft.companion(config.peft)
     if companion is not None and defines(companion, "loss_terms"):
@@ -262,6 +267,11 @@ def _check_peft(config: Config) -> None:
         )
     if peft.companion is not None:
         _check_processes(f"peft={peft.kind}", peft.companion)
+    if config.training.gradient_checkpointing and not peft.supports_gradient_checkpointing:
+        raise ConfigError(
+            f"peft={peft.kind} does not work with training.gradient_checkpointing=true, because "
+            f"{peft.gradient_checkpointing_reason}; set it to false."
+        )
     if peft.trains_biases and config.quantization.method != "none":
         raise ConfigError(
             f"peft.bias={peft.bias} trains biases of the base, whose number format quantization="

@@ -18,6 +18,7 @@ from clpeft.models.load import (
     make_objective,
     model_source,
 )
+from clpeft.models.recomputation import recompute_activations
 from clpeft.peft_methods.base import apply_peft
 from clpeft.registry import STRATEGIES
 from clpeft.stopping import StopRequests
@@ -101,7 +102,7 @@ def build_run(config: Config, directory: Path) -> Run:
     model, new = load_model(config.model, source, tokenizer, labels, config.quantization, whole)
     model = apply_peft(model, config.peft, config.model.task_type, new)
     if config.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model)
     check_positions(model, encoded.longest)
     model.to(accelerator.device)
     allowed = allowed_labels(encoded, 0).to(accelerator.device)

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from clpeft.composition import settle
 from clpeft.config import Config, ConfigError
+from clpeft.machine import check_machine
 from clpeft.models.quantize import quiet_bitsandbytes
 from clpeft.processes import is_main
 from clpeft.rundir import RunDirectory, job_id
@@ -63,7 +64,7 @@ def launch(composed: DictConfig, directory: Path) -> float | None:
     record = RunDirectory(directory)
     try:
         config = check(composed, directory)
-        check_device(config)
+        check_machine(config)
     except ConfigError:
         record.discard_if_empty()
         raise
@@ -150,16 +151,6 @@ def check(composed: DictConfig, directory: Path) -> Config:
     check_stream(config.stream, config.paths.data_dir)
     RunDirectory(directory).check_is_for(composed)
     return config
-
-
-def check_device(config: Config) -> None:
-    """Checks that the machine has what `training.precision` needs."""
-    import torch
-
-    if config.training.precision == "fp16" and not torch.cuda.is_available():
-        raise ConfigError(
-            "training.precision=fp16 needs a GPU and there is none here; use bf16 or no."
-        )
 
 
 @cache

@@ -5,14 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-import torch
 from omegaconf import MISSING
 from torch import nn
 
-from clpeft.config import ConfigError, at_least, one_of
+from clpeft.config import at_least, one_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -76,22 +74,6 @@ QUANTIZATIONS: dict[str, type[QuantizationConfig]] = {
     "int8": Int8Config,
     "nf4": NF4Config,
 }
-
-
-def check_bitsandbytes(wanted: str) -> None:
-    """Checks that the package is there which stores bases, and optimizer states, in few bits.
-
-    Args:
-        wanted: The switch that needs it.
-
-    Raises:
-        ConfigError: If it is not.
-    """
-    if find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            f"{wanted} needs the package bitsandbytes, which is not installed: "
-            f"pip install 'clpeft[quantization]'."
-        )
 
 
 def quiet_bitsandbytes() -> None:

@@ -42,6 +42,8 @@ class PeftMethodConfig:
     task_types_reason: ClassVar[str | None] = None  # why only those, as the end of a sentence
     supports_quantized: ClassVar[bool] = True
     quantized_reason: ClassVar[str] = "needs dense base weights"  # why not
+    supports_gradient_checkpointing: ClassVar[bool] = True
+    gradient_checkpointing_reason: ClassVar[str] = ""  # why not
     companion: ClassVar[type[Strategy] | None] = None
 
     @property

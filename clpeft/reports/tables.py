@@ -32,9 +32,12 @@ COSTS = (
     "evaluation_seconds",
     "total_seconds",
     "seconds_per_step",
+    "steps_per_second",
     "step_ratio",
     "peak_memory_bytes",
     "state_bytes",
+    "adapter_bytes",
+    "base_bytes",
 )
 # what fits across a page or a console; the CSV and the HTML page have every metric
 SHORT = {

@@ -98,6 +98,12 @@ class OLoRA(Strategy):
                 f"strategy=olora, which starts each task's A and B as LoRA's paper does; set "
                 f"peft.init_lora_weights=default."
             )
+        if self.config.merge_previous and config.quantization.method != "none":
+            raise ConfigError(
+                f"strategies.olora.merge_previous=true adds to the base's weights, which "
+                f"quantization={config.quantization.method} would round anew at every task; set "
+                f"strategies.olora.merge_previous=false, which computes the updates beside them."
+            )
 
     def setup(self, run: Run) -> None:
         self._previous_a: dict[str, Tensor] = {}  # by module path, [k·r, d_in]

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from clpeft.models.quantize import base_bytes
+
 if TYPE_CHECKING:
     from clpeft.training.run import Run
 
@@ -65,7 +67,7 @@ class Cost:
             self.peak_memory = max(peak, self.peak_memory or 0)
 
     def summary(self, run: Run) -> dict[str, Any]:
-        """The `cost` of results.json: seconds, bytes, and seconds per optimizer step."""
+        """The `cost` of results.json: seconds, bytes, and how long optimizer steps took."""
         trained = self.seconds["train"]
         return {
             "train_seconds": trained,
@@ -74,12 +76,14 @@ class Cost:
             "total_seconds": sum(self.seconds.values()),
             "steps": self.steps,
             "seconds_per_step": trained / self.steps if self.steps else None,
+            "steps_per_second": self.steps / trained if self.steps else None,
             "examples": self.examples,
             "skipped_steps": self.skipped_steps,
             "peak_memory_bytes": self.peak_memory,
             "state_bytes": self.state_bytes,
             "facts": self.facts,
-            "adapter_bytes": sum(p.numel() * p.element_size() for p in run.trainable.values()),
+            "adapter_bytes": sum(p.nbytes for p in run.trainable.values()),
+            "base_bytes": base_bytes(run.model),
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from clpeft.training.adapters import save_adapter
 from clpeft.training.checkpoint import resume_course
 from clpeft.training.guard import Guard, explained
 from clpeft.training.optim import make_optimizer, make_schedule
+from clpeft.training.prepared import prepare, release
 from clpeft.training.randomness import derived_seed, set_random_states
 
 if TYPE_CHECKING:
@@ -182,7 +183,7 @@ class Loop:
             steps = config.max_steps * self.skipped
         run.optimizer = make_optimizer(run.config.optimizer, run.trainable.values())
         schedule = make_schedule(run.config.scheduler, run.optimizer, steps)
-        run.prepared, run.optimizer = run.accelerator.prepare(run.model, run.optimizer)
+        prepare(run)
         run.prepared.train()
         course = self.course = Course(0, steps, schedule)
         run.steps_of_task = steps
@@ -202,12 +203,7 @@ class Loop:
                 self.observer.on_step(run.step, self._read(logs) if run.logging else None)
                 self._pause(due=self.checkpoints.due(run.step))
         self.course = None
-        run.model = run.accelerator.unwrap_model(run.prepared, keep_fp32_wrapper=False)
-        # else Accelerate takes it for prepared at the next task and leaves its autocast off
-        run.model._is_accelerate_prepared = False  # type: ignore[assignment]
-        run.prepared = run.model
-        run.accelerator.free_memory()
-        run.optimizer = None
+        release(run)
 
     def _seed_steps(self, task: EncodedTask) -> None:
         """Random states for a task's steps: afresh, or as a checkpoint within the task has them."""

@@ -10,6 +10,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from clpeft.config import OptimizerConfig, SchedulerConfig
 
+EIGHT_BIT = ("adamw_8bit", "paged_adamw_8bit")  # bitsandbytes'
+
 
 def make_optimizer(
     config: OptimizerConfig, parameters: Iterable[torch.nn.Parameter]
@@ -22,11 +24,19 @@ def make_optimizer(
             momentum=config.momentum,
             weight_decay=config.weight_decay,
         )
-    kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
     betas = (config.betas[0], config.betas[1])
-    return kinds[config.name](
+    return _kind(config.name)(
         parameters, lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay
     )
+
+
+def _kind(name: str) -> Callable[..., torch.optim.Optimizer]:
+    """The class of an optimizer with two moments."""
+    if name not in EIGHT_BIT:
+        return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[name]
+    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+
+    return {"adamw_8bit": AdamW8bit, "paged_adamw_8bit": PagedAdamW8bit}[name]
 
 
 def make_schedule(
