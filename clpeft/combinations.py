@@ -113,8 +113,9 @@ def table() -> Iterator[str]:
             reasons[_without_names(refusal, cell)] += 1
             continue
         letter, place = MODELS[cell.task_type][1], (cell.strategy, cell.peft)
+        known = works[place]
         dense = cell.quantization == "none"
-        works[place] = works[place] + letter if dense else works[place].replace(letter, letter.upper())
+        works[place] = known + letter if dense else known.replace(letter, letter.upper())
     for strategy in dict.fromkeys(cell.strategy for cell in cells()):
         marks = (works[strategy, method] or "–" for method in methods)
         yield f"| `{strategy}` | {' | '.join(marks)} |"
@@ -128,7 +129,8 @@ def table() -> Iterator[str]:
 
 def _without_names(sentence: str, cell: Cell) -> str:
     """A refusal with `...` in place of what varies from cell to cell."""
-    for key, value in (("peft", r"\w+"), ("quantization", cell.quantization), ("task_type", cell.task_type)):
+    varying = {"peft": r"\w+", "quantization": cell.quantization, "task_type": cell.task_type}
+    for key, value in varying.items():
         sentence = re.sub(rf"{key}={value}(?= |;|,|:)", f"{key}=...", sentence, count=1)
     return sentence
 

@@ -231,8 +231,8 @@ def _check_is_plain(model: PreTrainedModel, source: str) -> None:
     """
     if stored := model.config.to_dict().get("quantization_config"):
         raise ConfigError(
-            f"The model at {source} is stored quantized already ({stored['quant_method']}); take one "
-            f"with plain weights, and quantization=nf4 or int8."
+            f"The model at {source} is stored quantized already ({stored['quant_method']}); take "
+            f"one with plain weights, and quantization=nf4 or int8."
         )
 
 

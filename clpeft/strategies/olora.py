@@ -34,7 +34,9 @@ class OLoRAConfig(StrategyConfig):
     lambda1: float = at_least(0)  # weight of the orthogonality term
     lambda2: float = at_least(0)  # weight of the norms of the new A and B
     reduction: str = one_of("sum", "mean")  # of |A_prev A_new^T|; mean does not grow with r·modules
-    merge_previous: bool = True  # earlier adapters become part of the base: constant forward cost
+    # whether earlier adapters become part of the base, for a constant forward cost; null: unless
+    # the base is quantized
+    merge_previous: bool | None = None
 
 
 def orthogonality(previous: Tensor, new: Tensor) -> Tensor:
@@ -102,7 +104,7 @@ class OLoRA(Strategy):
             raise ConfigError(
                 f"strategies.olora.merge_previous=true adds to the base's weights, which "
                 f"quantization={config.quantization.method} would round anew at every task; set "
-                f"strategies.olora.merge_previous=false, which computes the updates beside them."
+                f"strategies.olora.merge_previous=null, which computes the updates beside them there."
             )
 
     def setup(self, run: Run) -> None:
@@ -111,7 +113,9 @@ class OLoRA(Strategy):
         self._active_rows = 0  # rows of the above that act apart from the adapter itself
         self._layers = _lora_layers(run)
         self._stacks: list[tuple[list[Any], Tensor]] = []
-        if not self.config.merge_previous:
+        merges = self.config.merge_previous
+        self._merges = run.config.quantization.method == "none" if merges is None else merges
+        if not self._merges:
             for path, layer in self._layers.items():
                 layer.register_forward_hook(self._adding_previous(path, layer))
 
@@ -203,7 +207,7 @@ class OLoRA(Strategy):
 
     def _activate(self, rows: int) -> None:
         """Lets the updates of earlier tasks act beside the adapter, up to a number of rows of A."""
-        if self.config.merge_previous:
+        if self._merges:
             for path, layer in self._layers.items():
                 # on resume several tasks at once, in the same order of additions
                 r = layer.r[ADAPTER]

@@ -44,7 +44,9 @@ def in_sample(cell: Cell) -> bool:
 def test_sample_covers_every_strategy_and_method() -> None:
     sample = [cell for cell in ALL if in_sample(cell)]
     for quantization, kind in KINDS:
-        met = [cell for cell in sample if (cell.quantization, cell.task_type) == (quantization, kind)]
+        met = [
+            cell for cell in sample if (cell.quantization, cell.task_type) == (quantization, kind)
+        ]
         assert {cell.strategy for cell in met} == set(STRATEGIES)
         assert {cell.peft for cell in met} == set(METHODS)
 
