@@ -104,7 +104,7 @@ class OLoRA(Strategy):
             raise ConfigError(
                 f"strategies.olora.merge_previous=true adds to the base's weights, which "
                 f"quantization={config.quantization.method} would round anew at every task; set "
-                f"strategies.olora.merge_previous=null, which computes the updates beside them there."
+                f"strategies.olora.merge_previous=null, which computes updates beside such a base."
             )
 
     def setup(self, run: Run) -> None:
