@@ -293,16 +293,11 @@ def test_term_is_in_the_loss_of_every_step(
     run = build_it(tiny("finetune", TWO, peft="adalora"), tmp_path)
     rows = [p for n, p in run.trainable.items() if "lora_A" in n]
     columns = [p.T for n, p in run.trainable.items() if "lora_B" in n]
-    norms = [
-        math.sqrt(
-            sum(
-                float((row @ other - (i == j)) ** 2)
-                for i, row in enumerate(matrix)
-                for j, other in enumerate(matrix)
-            )
-        )
-        for matrix in [m.detach().double() for m in (*rows, *columns)]
-    ]
+    norms = []
+    for matrix in (m.detach().double() for m in (*rows, *columns)):
+        products = [[float(row @ other) for row in matrix] for other in matrix]
+        off = [(p - (i == j)) ** 2 for i, row in enumerate(products) for j, p in enumerate(row)]
+        norms.append(math.sqrt(sum(off)))
     # half of their mean, in double precision against float32
     assert outcome.steps(0)[0][key] == pytest.approx(0.1 * sum(norms) / len(norms), rel=1e-5)
 
@@ -340,10 +335,22 @@ def test_saved_adapter_has_the_ranks_that_are_left(finished: Finished, task: int
             assert (values != 0).tolist() == kept
 
 
-def test_tasks_may_choose_other_ranks(finished: Finished) -> None:
-    outcome = finished("finetune", TWO, peft="adalora")
+def test_the_second_task_begins_with_all_ranks(tiny: Overrides, tmp_path: Path) -> None:
+    every = (TWO, "training.checkpoint.every_steps=1")
+    outcome = run_it(tiny("finetune", *every, peft="adalora"), tmp_path)
+    left = {}
+    for step, tasks in ((8, 1), (9, 1)):
+        parameters = outcome.read(f"step-{step}-task-{tasks}")["parameters"]
+        values = [value for name, value in parameters.items() if "lora_E" in name]
+        left[step] = sum(int(value.count_nonzero()) for value in values)
+    state = outcome.read("step-9-task-1")["strategies"]["1"]
 
-    assert adapter(outcome, 1)[0]["rank_pattern"] != adapter(outcome, 2)[0]["rank_pattern"]
+    # after the first task, and after the first step of the second
+    assert left == {8: MODULES * TARGET, 9: MODULES * INIT}
+    assert (state["kept"], state["ranks"]) == ([], MODULES * INIT)
+    # after one step of a task the one is (1 − β₁)·|w·g| and the other (1 − β₂)·β₁·|w·g|
+    for importance, uncertainty in zip(state["importance"], state["uncertainty"], strict=True):
+        torch.testing.assert_close(uncertainty, 0.85 * importance)
 
 
 def test_schedule_follows_the_real_number_of_steps(tiny: Overrides, tmp_path: Path) -> None:
@@ -419,7 +426,7 @@ def test_adapter_that_a_model_brings_along_keeps_its_ranks(
     outcome = run_it([*overrides, f"model.path={folder}"], tmp_path / "run")
 
     carried, _ = adapter(first, 1)
-    config, tensors = adapter(outcome, 2)
+    config, _ = adapter(outcome, 2)
     assert config["rank_pattern"] == carried["rank_pattern"]
     assert all(step["train/adalora/rank"] == TARGET for step in outcome.logged_steps)
     values = {n: p for n, p in outcome.trainable.items() if "lora_E" in n}
