@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -11,12 +12,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from clpeft import evidence
 from clpeft.capabilities import capability_table
+from clpeft.catalogue import catalogue
+from clpeft.peft_methods.any import AnySettings
+from clpeft.peft_methods.base import PEFT_TASK_TYPES
 from clpeft.registry import PEFT_METHODS, STRATEGIES
 from clpeft.strategies.base import Evidence
+from tests.running import compose
 
 ROOT = Path(__file__).parents[1]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -26,23 +33,13 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
-def test_added_strategy_runs(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
-    code = blocks("docs/add_a_strategy.md", "python")
-    (preset,) = blocks("docs/add_a_strategy.md", "yaml")
-    package = tmp_path / "package"
-    metadata = package / "leash-1.0.dist-info"
-    metadata.mkdir(parents=True)
-    (package / "leash.py").write_text(code[0])
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: leash\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text("[clpeft.strategies]\nl2 = leash\n")
-    (package / "conf" / "strategy").mkdir(parents=True)
-    (package / "conf" / "strategy" / "leash.yaml").write_text(preset)
-    overrides = [o for o in tiny("finetune") if not o.startswith("strategy=")]
+def launched(overrides: list[str], package: Path, outputs: Path) -> Path:
+    """The run directory of a command given while a package of somebody's is installed."""
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "clpeft", *overrides, "strategy=leash"),
+            *(sys.executable, "-m", "clpeft", *overrides),
             f"hydra.searchpath=[file://{package / 'conf'}]",
-            f"paths.output_dir={tmp_path / 'outputs'}",
+            f"paths.output_dir={outputs}",
         ],
         env=os.environ | {"PYTHONPATH": str(package)},
         capture_output=True,
@@ -50,18 +47,79 @@ def test_added_strategy_runs(tiny: Callable[..., list[str]], tmp_path: Path) -> 
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    (history,) = (tmp_path / "outputs").rglob("history.jsonl")
-    steps = [json.loads(line) for line in history.read_text().splitlines()]
+    (history,) = outputs.rglob("history.jsonl")
+    return history.parent
+
+
+def packaged(package: Path, group: str, name: str, code: str, preset: str) -> None:
+    """Lays a module and its preset out as an installed package does, with an entry point."""
+    kind = {"strategy": "clpeft.strategies", "peft": "clpeft.peft_methods"}[group]
+    metadata = package / f"{name}-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (package / f"{name}.py").write_text(code)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(f"[{kind}]\n{name} = {name}\n")
+    (package / "conf" / group).mkdir(parents=True)
+    (package / "conf" / group / f"{name}.yaml").write_text(preset)
+
+
+def test_added_strategy_runs(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
+    code = blocks("docs/add_a_strategy.md", "python")
+    (preset,) = blocks("docs/add_a_strategy.md", "yaml")
+    packaged(tmp_path / "package", "strategy", "leash", code[0], preset)
+    overrides = [o for o in tiny("finetune") if not o.startswith("strategy=")]
+    run = launched([*overrides, "strategy=leash"], tmp_path / "package", tmp_path / "outputs")
+
+    steps = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
     steps = [step for step in steps if step["event"] == "step"]
     assert all("train/loss/leash" not in step for step in steps if step["task"] == 0)
     terms = [step["train/loss/leash"] for step in steps if step["task"] == 1]
     # it starts where the last task ended, and is then pulled away and back
     assert terms[0] == 0.0
     assert min(terms[1:]) > 0.0
-    assert {path.name for path in (history.parent / "checkpoints").iterdir()}
-    assert list(yaml.safe_load((history.parent / "config.yaml").read_text())["strategies"]) == [
-        "leash"
-    ]
+    assert {path.name for path in (run / "checkpoints").iterdir()}
+    assert list(yaml.safe_load((run / "config.yaml").read_text())["strategies"]) == ["leash"]
+
+
+def test_peft_method_that_peft_has_is_one_yaml(
+    tiny: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    preset, _ = blocks("docs/peft_methods.md", "yaml")
+    (tmp_path / "conf" / "peft").mkdir(parents=True)
+    (tmp_path / "conf" / "peft" / "loha.yaml").write_text(preset)
+    chosen = ["peft=loha", "peft.options.r=4", "stream.num_tasks=2"]
+    overrides = [o for o in tiny("finetune") if not o.startswith("peft.")]
+    run = launched([*overrides, *chosen], tmp_path, tmp_path / "outputs")
+
+    results = json.loads((run / "results.json").read_text())
+    # hidden size 32, feed-forward size 64, two layers: two products of rank 4 for four matrices of
+    # 32 · 32 and three of 32 · 64
+    assert results["peft"] == "loha"
+    assert results["parameters"]["trainable"] == 2 * 2 * 4 * (4 * (32 + 32) + 3 * (32 + 64))
+    for folder in sorted((run / "adapters").iterdir()):
+        saved = json.loads((folder / "adapter_config.json").read_text())
+        assert (saved["peft_type"], saved["r"], saved["alpha"]) == ("LOHA", 4, 16)
+
+
+def test_added_peft_method_runs(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
+    (code,) = blocks("docs/peft_methods.md", "python")
+    _, preset = blocks("docs/peft_methods.md", "yaml")
+    packaged(tmp_path / "package", "peft", "lora_fa", code, preset)
+    chosen = ["peft=lora_fa", "peft.r=4", "stream.num_tasks=2"]
+    overrides = [o for o in tiny("finetune") if not o.startswith("peft.")]
+    run = launched([*overrides, *chosen], tmp_path / "package", tmp_path / "outputs")
+
+    results = json.loads((run / "results.json").read_text())
+    # B of rank 4: by outputs, five times 32 and twice 64 in each of two layers
+    assert results["peft"] == "lora_fa"
+    assert results["parameters"]["trainable"] == 2 * 4 * (5 * 32 + 2 * 64)
+    first, second = (
+        load_file(folder / "adapter_model.safetensors")
+        for folder in sorted((run / "adapters").iterdir())
+    )
+    assert {name for name in first if torch.equal(first[name], second[name])} == {
+        name for name in first if "lora_A" in name
+    }
 
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda path: path.name)
@@ -87,6 +145,25 @@ def test_every_strategy_is_described_as_it_declares_itself() -> None:
     assert {name for name, cells in rows.items() if cells[0].startswith("reference")} == references
 
 
+def test_every_peft_method_is_described_as_it_declares_itself() -> None:
+    rows = table("docs/peft_methods.md", "| `peft=` | what it is |")
+    assert rows.keys() == {option.name for option in catalogue()["peft"]}
+    for name, (_, _, own, kinds, quantized) in rows.items():
+        if name == "any":
+            continue
+        model = "tiny_bert" if name == "frozen" else "tiny_llama"
+        config = compose([f"peft={name}", f"model={model}"])[1].peft
+        told = {"all": frozenset(PEFT_TASK_TYPES), "classifiers": {"sequence_classification"}}
+        assert config.task_types == told[kinds]
+        assert config.supports_quantized == (quantized == "yes")
+        known = {field.name for field in dataclasses.fields(config)}
+        if PEFT_METHODS[config.method].config is AnySettings:
+            known = {f"options.{option}" for option in config.options}
+            assert set(re.findall(r"`(.+?)`", own)) <= known
+        else:
+            assert set(re.findall(r"`(.+?)`", own)) == known - {"method", "target"}
+
+
 def test_every_declared_conflict_is_in_the_docs() -> None:
     told = (ROOT / "docs/strategies.md").read_text().split("## What cannot be combined")[1]
     told = told.split("\n## ")[0]
@@ -94,9 +171,8 @@ def test_every_declared_conflict_is_in_the_docs() -> None:
         for other in entry.target.conflicts:
             assert f"`{entry.name}` with `{other}`" in told
         if entry.target.peft_types is not None:
-            (row,) = [line for line in told.splitlines() if f"`{entry.name}` with `peft=" in line]
-            refused = {kind.name for kind in PEFT_METHODS} - entry.target.peft_types
-            assert all(f"peft={name}" in row for name in refused)
+            known = " or ".join(f"`{kind}`" for kind in sorted(entry.target.peft_types))
+            assert f"`{entry.name}` with `peft=` other than {known}" in told
 
 
 def test_table_of_capabilities_is_the_strategies_own() -> None:
