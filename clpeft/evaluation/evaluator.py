@@ -9,20 +9,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from clpeft.evaluation.generation import exact_match, generate, rouge_l
-from clpeft.evaluation.scoring import causal_scorer, seq2seq_scorer
-from clpeft.models.objective import Seq2SeqObjective
-from clpeft.streams.batching import Columns, sorted_batches
+from clpeft.evaluation.answers import Batchwise, classified, ranked, written
+from clpeft.evaluation.generation import exact_match, rouge_l
+from clpeft.streams.batching import sorted_batches
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from clpeft.streams.tokenize import EncodedTask
     from clpeft.training.run import Run
-
-
-# the lengths by which examples are put into batches [N], and what scores a batch by its rows
-Batchwise = tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]
 
 
 class Evaluator:
@@ -100,16 +95,9 @@ class Evaluator:
 
     def _classified(self, examples: Dataset, labels: Sequence[int]) -> Batchwise:
         run = self.run
-        columns = Columns(examples)
-        candidates = torch.tensor(labels, device=run.device)
-
-        def score(indices: np.ndarray) -> np.ndarray:
-            batch = run.collator(columns, indices).to(run.device)
-            logits = run.model(**batch.inputs).logits.float()
-            predicted = candidates[logits[:, candidates].argmax(dim=1)]
-            return (predicted == batch.labels).cpu().numpy()
-
-        return columns.lengths, score
+        lengths, choose = classified(run.model, run.collator, examples, labels, run.device)
+        wanted = np.array(examples["label"])
+        return lengths, lambda rows: choose(rows) == wanted[rows]
 
     def _ranked(self, examples: Dataset, labels: Sequence[int]) -> Batchwise:
         """An answer counts as right if it is the likeliest of the words that compete."""
@@ -117,49 +105,28 @@ class Evaluator:
         answers = [run.stream.answers[label] for label in labels]
         # labels of different tasks may share an answer word, which is then one candidate
         candidates = list(dict.fromkeys(answers))
-        wanted = {label: candidates.index(run.stream.answers[label]) for label in labels}
-        if isinstance(run.objective, Seq2SeqObjective):
-            scorer = seq2seq_scorer(run.model, run.tokenizer, run.objective.start)
-        else:
-            scorer = causal_scorer(run.model, run.tokenizer)
-        prompts = self._prompts(examples)
-        targets = np.array([wanted[label] for label in examples["label"]])
-
-        def score(indices: np.ndarray) -> np.ndarray:
-            scores = scorer([prompts[i] for i in indices], candidates)
-            return scores.argmax(dim=1).cpu().numpy() == targets[indices]
-
-        return _lengths(prompts), score
+        place = {label: candidates.index(run.stream.answers[label]) for label in labels}
+        wanted = np.array([place[label] for label in examples["label"]])
+        lengths, choose = ranked(run.model, run.tokenizer, run.objective, examples, candidates)
+        return lengths, lambda rows: choose(rows) == wanted[rows]
 
     def _generated(self, task: EncodedTask) -> Batchwise:
         run = self.run
-        examples = self.examples(task)
-        prompts = self._prompts(examples)
         references = self._references(task)
         measure = rouge_l if task.task.metric == "rougeL" else exact_match
         limit = self.config.max_new_tokens
         if task.task.labels:
             limit = max(map(len, run.stream.answers))
+        lengths, write = written(run.model, run.tokenizer, self.examples(task), limit)
 
-        def score(indices: np.ndarray) -> np.ndarray:
-            texts = generate(run.model, run.tokenizer, [prompts[i] for i in indices], limit)
-            pairs = zip(indices, texts, strict=True)
-            return np.array([measure(text, references[i]) for i, text in pairs])
+        def score(rows: np.ndarray) -> np.ndarray:
+            pairs = zip(rows, write(rows), strict=True)
+            return np.array([measure(text, references[row]) for row, text in pairs])
 
-        return _lengths(prompts), score
-
-    def _prompts(self, examples: Dataset) -> list[list[int]]:
-        rows = examples["input_ids"]
-        if "prompt_length" not in examples.column_names:
-            return list(rows)
-        return [ids[:end] for ids, end in zip(rows, examples["prompt_length"], strict=True)]
+        return lengths, score
 
     def _references(self, task: EncodedTask) -> list[list[str]]:
         raw = task.task.test if self.config.split == "test" else task.task.validation
         if task.task.labels:
             return [[task.task.answer_words[label]] for label in raw["label"]]
         return list(raw["references"])
-
-
-def _lengths(prompts: Sequence[Sequence[int]]) -> np.ndarray:
-    return np.array(list(map(len, prompts)))

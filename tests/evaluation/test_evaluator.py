@@ -14,7 +14,7 @@ from datasets import Dataset, Features, Value
 from datasets import Sequence as Rows
 from torch import Tensor, nn
 
-from clpeft.evaluation import evaluator as module
+from clpeft.evaluation import answers as module
 from clpeft.evaluation.evaluator import Evaluator
 from clpeft.strategies.base import Strategy
 from clpeft.streams.batching import Collator
@@ -68,6 +68,7 @@ def make_evaluator(
         tokenizer=None,
         objective=None,
         strategies=list(strategies),
+        acting=list(strategies),
         collator=Collator(task_type, 0),
         accelerator=SimpleNamespace(autocast=nullcontext),
         rank=0,
