@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -111,6 +112,55 @@ def report(
     from clpeft.reports import report_on
 
     sys.exit(report_on(directories, out, split=select, metric=by, presets=presets))
+
+
+class Dtype(StrEnum):
+    """What numbers can be exported as."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+@app.command()
+def export(
+    run_dir: Annotated[Path, typer.Argument(help="The directory of a run.")],
+    task: Annotated[
+        str | None,
+        typer.Option(help="The model as it was after this task: its number or name; [the last]"),
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="A whole model rather than an adapter.")
+    ] = False,
+    dtype: Annotated[Dtype | None, typer.Option(help="Cast to this type; [as it is]")] = None,
+    to: Annotated[
+        Path | None, typer.Option(help="A new or empty folder; [RUN_DIR/exports/<k>_<task>]")
+    ] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="The base model's folder, if it has moved.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the base.")
+    ] = False,
+) -> None:
+    """Write a run's adapter, or its merged model, for PEFT and transformers to load."""
+    from clpeft.export import export as write
+    from clpeft.launching import quiet_libraries
+
+    try:
+        quiet_libraries()
+        done = write(
+            run_dir,
+            task,
+            merge=merge,
+            dtype=dtype,
+            to=to,
+            base=base,
+            trust_remote_code=trust_remote_code,
+        )
+    except Exception as error:
+        _refuse(error)
+    typer.echo(done.told)
 
 
 @app.command(name="list")

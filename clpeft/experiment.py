@@ -8,7 +8,7 @@ from typing import Any
 from accelerate.utils import set_seed
 from omegaconf import DictConfig
 
-from clpeft.config import Config, result_settings
+from clpeft.config import Config, result_settings, run_name
 from clpeft.evaluation.evaluator import Evaluator
 from clpeft.models.load import (
     base_name,
@@ -21,6 +21,7 @@ from clpeft.models.load import (
 from clpeft.models.recomputation import recompute_activations
 from clpeft.peft_methods.base import apply_peft
 from clpeft.registry import STRATEGIES
+from clpeft.serving import record_serving
 from clpeft.stopping import StopRequests
 from clpeft.streams.base import build_stream
 from clpeft.streams.tokenize import encode_stream
@@ -64,6 +65,8 @@ def run_experiment(
     loop = make_loop(run, observers, checkpoints, stop)
     exit_code, results = 1, None
     try:
+        if run.accelerator.is_main_process:
+            record_serving(run, run_name(composed), loop.evaluator.task_id_given)
         for strategy in run.acting:
             strategy.setup(run)
         if saved is not None:
@@ -120,5 +123,6 @@ def build_run(config: Config, directory: Path) -> Run:
         objective,
         strategies,
         base,
+        source,
         companion,
     )

@@ -33,7 +33,8 @@ log = logging.getLogger(__name__)
 RESULTS_SCHEMA = 1  # of results.json; raised when a reader of old files would be misled
 # what a run writes, Hydra's own files among them
 LEFT_BY_A_RUN = (
-    *("config.yaml", "status.json", "results.json", "history.jsonl", "run.log", "slurm.log"),
+    *("config.yaml", "status.json", "results.json", "serving.json", "history.jsonl"),
+    *("run.log", "slurm.log"),
     *("checkpoints", "adapters", "generated", "wandb", "tensorboard", ".hydra"),
 )
 LOCK = ".lock"
@@ -76,6 +77,11 @@ class RunDirectory:
     def completed_results(self) -> dict[str, Any]:
         """The results of a run that is completed; else empty."""
         return self.results if self.status.get("status") == "completed" else {}
+
+    @property
+    def serving(self) -> dict[str, Any]:
+        """What serving.json says; empty if the run has not begun to train."""
+        return _read(self.path / "serving.json")
 
     @property
     def frozen(self) -> DictConfig | None:
@@ -271,6 +277,10 @@ class RunDirectory:
     def write_results(self, results: dict[str, Any]) -> None:
         """Writes results.json whole or not at all."""
         _write(self.path / "results.json", json.dumps(results, indent=1) + "\n")
+
+    def write_serving(self, facts: dict[str, Any]) -> None:
+        """Writes serving.json whole or not at all."""
+        _write(self.path / "serving.json", json.dumps(facts, indent=1) + "\n")
 
     def _tell_if_possible(self, status: dict[str, Any]) -> None:
         """Says how a run ended; a full disk must not hide why it did."""

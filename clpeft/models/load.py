@@ -77,6 +77,11 @@ def base_name(config: ModelConfig, source: str) -> str:
     return f"{source}@{config.revision}" if config.revision else source
 
 
+def plain_base(source: str) -> str:
+    """The base model of a source: of an adapter's folder the one that it is for, else itself."""
+    return _adapted_base(source) or source
+
+
 def load_tokenizer(config: ModelConfig, source: str) -> PreTrainedTokenizerBase:
     """Loads a model's tokenizer, with a padding token.
 

@@ -82,6 +82,11 @@ class Task:
         """One of the three splits by its name."""
         return {"train": self.train, "validation": self.validation, "test": self.test}[name]
 
+    @property
+    def has_pairs(self) -> bool:
+        """Whether an example has two texts."""
+        return "text_pair" in self.train.column_names
+
 
 @dataclass(frozen=True)
 class LoadedTask:
@@ -339,7 +344,7 @@ class Stream:
         for task in self.tasks:
             form = self.prompt(task)
             if task.labels:
-                pairs = task.train["text_pair"] if "text_pair" in task.train.column_names else None
+                pairs = task.train["text_pair"] if task.has_pairs else None
                 for row, (text, label) in enumerate(
                     zip(task.train["text"], task.train["label"], strict=True)
                 ):

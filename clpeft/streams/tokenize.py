@@ -106,7 +106,7 @@ def encode_stream(
     """
     import datasets
 
-    answers = _answers(stream, tokenizer, task_type)
+    answers = label_answers(stream, tokenizer, task_type)
     directory = Path(cache_dir) / "tokenized" / _cache_key(stream, tokenizer, task_type)
     if not _is_whole(directory, stream):
         if directory.exists():
@@ -154,10 +154,20 @@ def answer_tokens(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) ->
     return found
 
 
-def _answers(
+def label_answers(
     stream: Stream, tokenizer: PreTrainedTokenizerBase, task_type: str
 ) -> tuple[tuple[int, ...], ...]:
-    """The answer tokens of every global label, each task's all different."""
+    """The answer tokens of every global label, each task's all different.
+
+    Args:
+        stream: Whose labels.
+        tokenizer: The model's.
+        task_type: sequence_classification, causal_lm or seq2seq_lm.
+
+    Raises:
+        ConfigError: If two answers of a task are the same tokens, or the model's type cannot do a
+            task.
+    """
     if task_type == "sequence_classification":
         for task in stream.tasks:
             if not task.labels:
@@ -288,7 +298,7 @@ class Encoder:
         """The tokens of a task's input without its texts: what all its inputs have in common."""
         if self.task_type != "sequence_classification":
             return self.prompt_tokens([self.stream.prompt(task).fill("", "")])[0]
-        parts = 2 if "text_pair" in task.train.column_names else 1
+        parts = 2 if task.has_pairs else 1
         return self._classifier(task, [[""] * parts])["input_ids"][0]
 
     def _classifier(self, task: Task, texts: list[list[str]]) -> dict[str, list[Any]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clpeft.config import CheckpointConfig, ConfigError, differences
 from clpeft.training.randomness import random_states
-from clpeft.training.state import StateError, read_state, write_state
+from clpeft.training.state import StateError, read_plain, read_state, write_state
 
 if TYPE_CHECKING:
     from clpeft.training.loop import Loop
@@ -157,8 +157,33 @@ def last_parameters(directory: Path) -> dict[str, Tensor]:
     """
     for folder in reversed(checkpoint_folders(directory / "checkpoints")):
         with suppress(StateError):
-            return read_state(folder)["parameters"]
+            return trained_parameters(folder)
     return {}
+
+
+def trained_checkpoints(directory: Path) -> dict[int, Path]:
+    """The checkpoints that were taken between tasks and after training, by the tasks seen.
+
+    Args:
+        directory: The run directory.
+    """
+    found = {}
+    for folder in checkpoint_folders(directory / "checkpoints"):
+        with suppress(StateError):
+            state = read_plain(folder)
+            if state["tasks_seen"] and state["course"] is None and not state["skipped"]:
+                found[int(state["tasks_seen"])] = folder
+    return found
+
+
+def trained_parameters(folder: Path) -> dict[str, Tensor]:
+    """All that a run had trained when a checkpoint was taken, by name.
+
+    Raises:
+        StateError: If the checkpoint is damaged.
+    """
+    parameters: dict[str, Tensor] = read_state(folder)["parameters"]
+    return parameters
 
 
 def captured(loop: Loop) -> dict[str, Any]:

@@ -43,6 +43,7 @@ class Run:
         objective: Forward pass and loss of the task type.
         strategies: In the order in which they act.
         base: Which weights the adapters stand on, for results.
+        source: Where they were loaded from: a folder or a name on the Hub.
         companion: What the PEFT method does to training, if anything.
 
     Attributes:
@@ -74,6 +75,7 @@ class Run:
         objective: Objective,
         strategies: Sequence[Strategy],
         base: str,
+        source: str,
         companion: Strategy | None = None,
     ) -> None:
         self.config = config
@@ -87,6 +89,7 @@ class Run:
         self.strategies = list(strategies)
         self.acting = [*self.strategies, *([companion] if companion else [])]
         self.base = base
+        self.source = source
         self.task: EncodedTask | None = None
         self.tasks_seen = 0
         self.step = 0

@@ -83,6 +83,18 @@ def read_state(folder: Path) -> dict[str, Any]:
     return _attached(plain, load_file(folder / TENSORS))
 
 
+def read_plain(folder: Path) -> dict[str, Any]:
+    """What `write_state` wrote but for its tensors, in whose places marks stand; not checked.
+
+    Raises:
+        StateError: If it is missing or cut short.
+    """
+    try:
+        return dict(json.loads((folder / PLAIN).read_text()))
+    except (OSError, ValueError) as error:
+        raise StateError(f"{folder} is incomplete ({error})") from error
+
+
 def _checksum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -62,7 +62,8 @@ def make_run(model: nn.Module, task_type: str, objective: Objective, **changes: 
     )
     tokenizer: Any = SimpleNamespace(pad_token_id=0)
     stream: Any = SimpleNamespace(tasks=())
-    run = Run(config, Path("nowhere"), accelerator, model, tokenizer, stream, objective, [], "base")
+    where = Path("nowhere")
+    run = Run(config, where, accelerator, model, tokenizer, stream, objective, [], "base", "base")
     for name, value in changes.items():
         setattr(run, name, value)
     return run

@@ -1,0 +1,250 @@
+"""Exports: an adapter that PEFT loads on its base, or a whole model that transformers loads."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import warnings
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clpeft.config import ConfigError, ModelConfig, RunError
+from clpeft.model_card import model_card
+from clpeft.serving import Models
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from clpeft.loaded import Loaded
+
+DTYPES = ("float32", "bfloat16", "float16")
+# how far the logits of an exported model may lie from the run's own, as a share of their spread:
+# rounding alone, which grows with depth; what went wrong is ten times as far off
+TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+SUFFIX = {False: "", True: "-merged"}
+ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PROBE = (4, 32)  # texts and tokens in each, of the input whose logits are compared
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        folder: Where to.
+        number: The number of tasks behind the model.
+        difference: Of a whole model: between its logits and the run's own, as a share of their
+            spread.
+    """
+
+    folder: Path
+    number: int
+    difference: float | None = None
+
+    @property
+    def told(self) -> str:
+        """What was written, in words."""
+        if self.difference is None:
+            return f"The adapter after task {self.number} is in {self.folder}."
+        return (
+            f"The model after task {self.number} is in {self.folder}; loaded from there, its "
+            f"logits differ from the run's own by {self.difference:.1e} of their spread."
+        )
+
+
+def export(
+    run_dir: Path,
+    task: int | str | None = None,
+    *,
+    merge: bool = False,
+    dtype: str | None = None,
+    to: Path | None = None,
+    base: Path | None = None,
+    trust_remote_code: bool = False,
+) -> Exported:
+    """Writes a model of a run for use elsewhere, with its tokenizer, labels, prompts and a README.
+
+    Args:
+        run_dir: The run's directory.
+        task: The model as it was after this task, by number or name; the last if not given.
+        merge: Whether to write a whole model rather than an adapter. A run without an adapter
+            leaves whole models anyway.
+        dtype: float32, bfloat16 or float16; as it is if not given.
+        to: A folder that does not exist or is empty; one below the run's directory if not given.
+        base: The folder of the base model, where it is not where it was.
+        trust_remote_code: Whether code that comes with the base may be run.
+
+    Raises:
+        ConfigError: If there is nothing to export, or not so.
+        RunError: If a whole model does not compute what the run's own does.
+    """
+    models = Models(run_dir)
+    serving = models.serving
+    if serving.exported is not None:
+        raise ConfigError(f"{run_dir} is an export already; name the directory of its run.")
+    number = models.number(task)
+    source = models.path(number)
+    whole = merge or not serving.adapts
+    if merge and serving.adapts:
+        _check_mergeable(models, source)
+    target = to or run_dir / "exports" / f"{number}_{serving.tasks[number - 1]}{SUFFIX[whole]}"
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(
+            f"{target} exists and is not an empty folder; remove it, or name another with --to."
+        )
+    config = replace(models.base(base), trust_remote_code=trust_remote_code)
+    aside = target.with_name(f".{target.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    difference = None
+    try:
+        if whole:
+            config, difference = _write_whole(models, number, config, dtype, aside)
+        else:
+            _write_adapter(source, config, dtype, aside)
+        kept = replace(config, trust_remote_code=False)
+        served = replace(serving, model=asdict(kept), exported=number, merged=whole)
+        (aside / "serving.json").write_text(json.dumps(asdict(served), indent=1) + "\n")
+        (aside / "README.md").write_text(model_card(models, number, config, merged=whole))
+        if target.is_dir():
+            target.rmdir()
+        aside.rename(target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return Exported(target, number, difference)
+
+
+def _check_mergeable(models: Models, adapter: Path) -> None:
+    """Refuses, before a model is loaded, what cannot become a part of the base's weights."""
+    from peft import PeftConfig
+
+    from clpeft.registry import PEFT_METHODS
+
+    serving = models.serving
+    if serving.quantization != "none":
+        raise ConfigError(
+            f"The run's base is quantized ({serving.quantization}): merging would round its "
+            f"weights once more, and the errors would add up. Export the adapter without --merge."
+        )
+    PEFT_METHODS.discover()  # some register a type of adapter with PEFT
+    if PeftConfig.from_pretrained(adapter).is_prompt_learning:
+        raise ConfigError(
+            f"peft={serving.peft} learns prompts, which the model reads beside its input and which "
+            f"cannot be merged into its weights; export the adapter without --merge."
+        )
+
+
+def _write_adapter(source: Path, config: ModelConfig, dtype: str | None, folder: Path) -> None:
+    """Writes an adapter as the run has saved it, and the tokenizer of its base."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from clpeft.models.load import load_tokenizer
+
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    settings = json.loads((folder / ADAPTER).read_text())
+    settings["base_model_name_or_path"] = config.path or config.hub_id
+    settings["revision"] = config.revision
+    (folder / ADAPTER).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    if dtype is not None:
+        tensors = load_file(folder / WEIGHTS)
+        cast = {
+            name: value.to(getattr(torch, dtype)) if value.is_floating_point() else value
+            for name, value in tensors.items()
+        }
+        save_file(cast, folder / WEIGHTS, metadata={"format": "pt"})
+    load_tokenizer(config, config.path or config.hub_id).save_pretrained(folder)  # type: ignore[arg-type]
+
+
+def _write_whole(
+    models: Models, number: int, config: ModelConfig, dtype: str | None, folder: Path
+) -> tuple[ModelConfig, float]:
+    """Writes a model that needs no adapter, and compares what it computes with the run's own.
+
+    Returns:
+        How it is loaded, and how far its logits lie from the run's, as a share of their spread.
+    """
+    import torch
+
+    from clpeft.loaded import assembled
+    from clpeft.models.load import load_model
+
+    loaded = assembled(models, [number], config)
+    inputs = _probe(loaded)
+    expected = _logits(loaded.model, inputs)
+    model, labels = loaded.model, len(loaded.stream.label_names)
+    if dtype == "float32":
+        model.float()  # before merging, so that the sum is not rounded to less
+    if models.serving.adapts:
+        model = _merged(model, models.serving.peft)
+    if dtype is not None:
+        model.to(getattr(torch, dtype))
+    written = str(model.dtype).removeprefix("torch.")
+    model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    tokenizer, device = loaded.tokenizer, loaded.device
+    del loaded, model
+    gc.collect()  # the one model, before the other comes
+    whole = replace(config, path=str(folder), dtype=written)
+    again, missing = load_model(whole, str(folder), tokenizer, labels)
+    difference = _difference(_logits(again.to(device).eval(), inputs), expected)
+    if missing or not difference <= TOLERANCE[written]:
+        raise RunError(
+            f"The merged model does not compute what the run's own does: its logits differ by "
+            f"{difference:.1e} of their spread, and {TOLERANCE[written]:g} is what rounding to "
+            f"{written} may come to. Nothing was written; try --dtype float32, or export the "
+            f"adapter without --merge."
+        )
+    return replace(whole, path=None, hub_id=None, revision=None), difference
+
+
+def _merged(model: Any, peft: str) -> Any:
+    """The base model with the adapter's updates in its weights."""
+    from peft.tuners.tuners_utils import BaseTuner
+
+    refusal = f"peft={peft} cannot be merged into the base's weights"
+    if not isinstance(model.base_model, BaseTuner):
+        raise ConfigError(f"{refusal}; export the adapter without --merge.")
+    try:
+        with warnings.catch_warnings():
+            # about tied embeddings, of which one was trained: PEFT notes in the config that they
+            # are tied no longer
+            warnings.simplefilter("ignore")
+            return model.merge_and_unload()
+    except (NotImplementedError, ValueError) as error:
+        told = str(error).splitlines()[0].rstrip(".") if str(error) else "PEFT does not know how"
+        raise ConfigError(f"{refusal} ({told}); export the adapter without --merge.") from error
+
+
+def _probe(loaded: Loaded) -> dict[str, Tensor]:
+    """Tokens drawn at random, alike for the same tokenizer, as input to compare two models by."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn() -> Tensor:
+        ids = torch.randint(loaded.tokenizer.vocab_size, PROBE, generator=generator)
+        return ids.to(loaded.device)
+
+    ids = drawn()
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if loaded.model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = drawn()
+    return inputs
+
+
+def _logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    import torch
+
+    with torch.inference_mode():
+        found: Tensor = model(**inputs).logits.float()
+    return found
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    """How far logits lie apart, as a share of their spread over the classes; a common shift of a
+    position's logits changes no probability and counts nothing."""
+    centred = [logits - logits.mean(dim=-1, keepdim=True) for logits in (one, other)]
+    return float((centred[0] - centred[1]).norm() / centred[1].norm())
