@@ -11,6 +11,8 @@ from clpeft.streams.prompts import classifier_prefix
 from clpeft.tracking.history import read_events
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
     from clpeft.config import ModelConfig
     from clpeft.serving import Models
     from clpeft.streams.base import Stream, Task
@@ -36,11 +38,14 @@ def model_card(models: Models, number: int, config: ModelConfig, *, merged: bool
     stream = stream_of(serving.stream)
     task = stream.tasks[number - 1]
     what = "Model" if merged else f"Adapter (`{serving.peft}`)"
+    frozen = models.record.frozen
+    assert frozen is not None, "a run's directory holds its config"
+    strategies = ", ".join(f"`{name}`" for name in frozen.strategies)
     parts = [
         _head(config, merged),
         f"# {config.name} after task {number} of {len(stream.tasks)}, `{task.name}`",
-        f"{what} of the run `{serving.run}` on the stream `{stream.name}` "
-        f"({stream.scenario}-incremental), trained and written by clpeft.",
+        f"{what} of the run `{serving.run}`: trained by clpeft on the tasks of the stream "
+        f"`{stream.name}` ({stream.scenario}-incremental), one after another, with {strategies}.",
         "## Scores",
         _scores(models, stream, number),
         "## Loading",
@@ -50,14 +55,14 @@ def model_card(models: Models, number: int, config: ModelConfig, *, merged: bool
         "## Input",
         _input(config, stream, task),
         "## Settings",
-        _settings(models),
+        _settings(frozen),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def _head(config: ModelConfig, merged: bool) -> str:
     lines = [f"library_name: {'transformers' if merged else 'peft'}", "tags: [clpeft]"]
-    if config.path is None:
+    if config.hub_id is not None:
         lines.append(f"base_model: {config.hub_id}")
     return "\n".join(["---", *lines, "---"])
 
@@ -115,8 +120,6 @@ def _input(config: ModelConfig, stream: Stream, task: Task) -> str:
     return f"```\n{prompt}\n```\n\nThe answer follows after one blank."
 
 
-def _settings(models: Models) -> str:
-    frozen = models.record.frozen
-    assert frozen is not None, "a run's directory holds its config"
+def _settings(frozen: DictConfig) -> str:
     lines = [f"{key}={value}" for key, value in result_settings(frozen).items()]
     return "\n".join(["```", *lines, "```"])

@@ -201,7 +201,7 @@ class Models:
             return self.paths[number]
         name = self.serving.tasks[number - 1]
         known = ", ".join(f"{there} ('{self.serving.tasks[there - 1]}')" for there in self.paths)
-        there_are = f"there is the one after task {known}" if known else "there is none yet"
+        there_are = f"there is the one after task {known}" if known else "there is none"
         raise ConfigError(
             f"{self.folder} holds no model after task {number} ('{name}'): {self._reason(number)}; "
             f"{there_are}."
@@ -210,7 +210,7 @@ class Models:
     def _reason(self, number: int) -> str:
         if self.serving.exported is not None:
             return "it is an export of one"
-        state = self.record.status.get("status")
+        state = "killed" if self.record.was_killed else self.record.status.get("status")
         if state != "completed" and number > max(self.paths, default=0):
             return f"the run is {state} and has not trained it yet"
         if not self.serving.adapts:

@@ -79,7 +79,9 @@ def imported_by(*arguments: str) -> set[str]:
 
 
 # Wall time is measured elsewhere; what takes it is imports.
-@pytest.mark.parametrize("arguments", [["--help"], ["list"], ["list", "strategy"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["list"], ["list", "strategy"], ["export", "--help"]]
+)
 def test_help_and_list_import_nothing_heavy(arguments: list[str]) -> None:
     assert imported_by(*arguments) == set()
 

@@ -19,7 +19,10 @@ from clpeft.rundir import KILLED, RESULTS_SCHEMA, RunDirectory
 RESULTS, STATUS, CONFIG = "results.json", "status.json", "config.yaml"
 STATES = ("queued", "running", "completed", "failed", "preempted")
 # what a run keeps below its directory, none of which is another run
-INNER_DIRECTORIES = {"adapters", "checkpoints", "figures", "wandb", "tensorboard", ".hydra"}
+INNER_DIRECTORIES = {
+    *("adapters", "checkpoints", "exports", "figures"),
+    *("wandb", "tensorboard", ".hydra"),
+}
 # a stored metric may differ from the recomputed one by rounding, not by more
 METRIC_TOLERANCE = 1e-6
 
