@@ -262,6 +262,24 @@ def test_folder_in_use(copied: Path, tmp_path: Path) -> None:
         export(tmp_path / "empty", to=tmp_path / "more")
 
 
+def test_base_that_has_moved(copied: Path, finished: Finished, tmp_path: Path) -> None:
+    run = finished("finetune").run
+    facts = json.loads((copied / "serving.json").read_text())
+    base = shutil.copytree(facts["model"]["path"], tmp_path / "base")
+    facts["model"]["path"] = "/no/such/base"
+    (copied / "serving.json").write_text(json.dumps(facts))
+    for merge in (False, True):
+        with pytest.raises(ConfigError, match=r"was in /no/such/base, which is no folder any more"):
+            export(copied, merge=merge, to=tmp_path / "export")
+        done = export(copied, merge=merge, to=tmp_path / f"export-{merge}", base=base)
+        exported, _ = loaded_as_told(done.folder)
+        assert distance(logits(exported, run), logits(run.model, run)) < EPS[torch.float32]
+        if not merge:
+            settings = json.loads((done.folder / "adapter_config.json").read_text())
+            assert settings["base_model_name_or_path"] == str(base)
+            assert torch.equal(logits(clpeft.load(done.folder).model, run), logits(run.model, run))
+
+
 def test_quantized_base_is_not_merged_into(copied: Path) -> None:
     facts = json.loads((copied / "serving.json").read_text())
     (copied / "serving.json").write_text(json.dumps(facts | {"quantization": "nf4"}))

@@ -21,6 +21,7 @@ import clpeft
 from clpeft.config import ConfigError
 from clpeft.evaluation.generation import rouge_l
 from clpeft.loaded import Loaded, adapter_name
+from clpeft.training.checkpoint import trained_checkpoints
 from clpeft.training.run import Run
 from tests.running import Outcome, run_it
 from tests.settings import TINY, TINY_MODELS
@@ -265,6 +266,18 @@ def test_without_an_adapter_the_newest_checkpoint_is_loaded(
     shutil.rmtree(outcome.directory / "checkpoints")
     with pytest.raises(ConfigError, match=r"only the checkpoints' are kept; there is none\."):
         clpeft.load(outcome.directory)
+
+
+def test_checkpoints_within_a_task_and_before_any_training_are_passed_by(
+    finished: Finished,
+) -> None:
+    within = finished("finetune", "training.checkpoint.every_steps=3")
+    names = [path.name for path in trained_checkpoints(within.directory).values()]
+    joint = trained_checkpoints(finished("joint", *LEARNS).directory)
+
+    assert (within.directory / "checkpoints" / "step-12-task-1").is_dir()
+    assert names == ["step-8-task-1", "step-16-task-2", "step-24-task-3"]
+    assert list(joint) == [3]
 
 
 def test_whole_models_are_not_loaded_together(tiny: Overrides, tmp_path: Path) -> None:
