@@ -21,6 +21,7 @@ from clpeft.capabilities import capability_table
 from clpeft.catalogue import catalogue
 from clpeft.peft_methods.any import AnySettings
 from clpeft.peft_methods.base import PEFT_TASK_TYPES
+from clpeft.models.architectures import target_table
 from clpeft.registry import PEFT_METHODS, STRATEGIES
 from clpeft.strategies.base import Evidence
 from tests.running import compose
@@ -179,6 +180,12 @@ def test_table_of_capabilities_is_the_strategies_own() -> None:
     page = (ROOT / "docs/processes.md").read_text()
     told = page.split("<!-- capabilities -->\n")[1].split("<!-- end of capabilities -->")[0]
     assert told.strip() == capability_table()
+
+
+def test_table_of_target_modules_is_the_models_own() -> None:
+    page = (ROOT / "docs/target_modules.md").read_text()
+    told = page.split("<!-- target modules -->\n")[1].split("<!-- end of target modules -->")[0]
+    assert told.strip() == target_table()
 
 
 def test_thresholds_and_kinds_are_those_that_are_judged_by() -> None:

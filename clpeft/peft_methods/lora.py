@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from clpeft.config import ConfigError, above, at_least, between, nearest, one_of
-from clpeft.models.targets import find_targets
+from clpeft.models.targets import check_target, find_targets
 from clpeft.peft_methods.base import PeftMethodConfig
 from clpeft.peft_methods.wrap import check_modules, wrap
 from clpeft.registry import PEFT_METHODS
@@ -27,7 +27,7 @@ class LoraSettings(PeftMethodConfig):
     r: int = at_least(1)
     alpha: float = above(0)
     dropout: float = between(0, 1)
-    target: Any = MISSING  # auto (query and value), all-linear, or a list of module names
+    target: Any = MISSING  # minimal, attention, all-linear, or a list of module names
     rank_pattern: Any = None  # other ranks by the ends of modules' paths: {v_proj: 16}
     alpha_pattern: Any = None  # other alphas, likewise
     layers_to_transform: list[int] | None = None  # only those, counted from 0; null: all
@@ -48,12 +48,7 @@ class LoraSettings(PeftMethodConfig):
         return self.bias != "none"
 
     def check(self) -> None:
-        names = self.target if isinstance(self.target, list) else [self.target]
-        if not names or not all(isinstance(name, str) for name in names):
-            raise ConfigError(
-                f"peft.target={self.target} names no modules; set it to auto, all-linear or a list "
-                f"of module names such as [q_proj,v_proj]."
-            )
+        check_target(self.target)
         _check_pattern("rank_pattern", self.rank_pattern, {int: "whole numbers"})
         _check_pattern("alpha_pattern", self.alpha_pattern, {int: "numbers", float: "numbers"})
         ranks = [self.r, *(self.rank_pattern or {}).values()]
@@ -78,7 +73,7 @@ def apply_lora(
 
     check_modules(model, config.modules_to_save or [], "peft.modules_to_save")
     layers_pattern = _layers_pattern(model, config.layers_to_transform)
-    names = find_targets(model, config.target)
+    names = find_targets(model, config.target, new)
     _check_patterns(model, names, config)
     return wrap(
         model,

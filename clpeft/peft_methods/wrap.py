@@ -45,7 +45,7 @@ def wrap(
     from transformers.pytorch_utils import Conv1D
 
     if target is not None:
-        options["target_modules"] = find_targets(model, target)
+        options["target_modules"] = find_targets(model, target, new)
     whole = [path for path in new if not HEADS & set(path.split("."))]
     asked = {
         "modules_to_save": [*(options.pop("modules_to_save", None) or []), *whole] or None,
