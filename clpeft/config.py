@@ -21,12 +21,15 @@ class RunError(RuntimeError):
 
 
 def nearest(name: str, options: Iterable[str]) -> str:
-    """The options spelled most like `name`, as the end of a sentence; empty if none is near."""
+    """The options spelled most like `name`, after a sentence; all of them if none is near."""
     known = sorted(options)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    if near:
-        return " Did you mean " + " or ".join(f"'{option}'" for option in near) + "?"
-    return f" Known: {', '.join(known)}." if known else ""
+    return alike(name, known) or (f" Known: {', '.join(known)}." if known else "")
+
+
+def alike(name: str, options: Iterable[str]) -> str:
+    """The options spelled most like `name`, as a question after a sentence; empty without any."""
+    near = difflib.get_close_matches(name, sorted(options), n=3, cutoff=0.5)
+    return " Did you mean " + " or ".join(f"'{option}'" for option in near) + "?" if near else ""
 
 
 def one_of(*options: str) -> Any:

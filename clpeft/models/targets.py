@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from clpeft.config import ConfigError
+from clpeft.config import ConfigError, alike
 
 if TYPE_CHECKING:
     from torch import nn
@@ -168,14 +168,14 @@ def _named(model: nn.Module, names: Sequence[str], left_out: Sequence[str]) -> l
         usable = {path for path in can if path in meant}
         if not usable:
             raise ConfigError(
-                f"peft.target names '{name}', {_fault(model, meant, name, left_out)}; choose among "
-                f"{_told(linear)}."
+                f"peft.target names '{name}', {_fault(model, meant, left_out)}; choose among "
+                f"{_told(linear)}.{'' if meant else alike(name, {_last(p) for p in linear})}"
             )
         found |= usable
     return [path for path in modules if path in found]
 
 
-def _fault(model: nn.Module, meant: Sequence[str], name: str, left_out: Sequence[str]) -> str:
+def _fault(model: nn.Module, meant: Sequence[str], left_out: Sequence[str]) -> str:
     """Why nothing can be adapted by a name."""
     kind = type(model).__name__
     if not meant:

@@ -293,13 +293,14 @@ def test_layers_that_are_named() -> None:
 )
 def test_names_that_mean_nothing(names: list[str], told: str) -> None:
     with pytest.raises(ConfigError) as error:
-        find_targets(build(BY_NAME["Llama"]), names)
+        find_targets(build(BY_NAME["Llama"], num_hidden_layers=3), names)
 
     assert str(error.value).startswith(f"peft.target {told}")
     # the layers that there are, once
-    assert str(error.value).endswith(
-        "choose among its linear layers: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, "
-        "v_proj."
+    linear = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    assert f"; choose among its linear layers: {linear}." in str(error.value)
+    assert ("Did you mean 'q_proj' or 'v_proj' or 'o_proj'" in str(error.value)) == (
+        "q_prj" in names
     )
 
 
