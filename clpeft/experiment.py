@@ -11,7 +11,6 @@ from omegaconf import DictConfig
 from clpeft.config import Config, result_settings, run_name
 from clpeft.evaluation.evaluator import Evaluator
 from clpeft.models.load import (
-    base_name,
     check_positions,
     load_model,
     load_tokenizer,
@@ -19,7 +18,9 @@ from clpeft.models.load import (
     model_source,
 )
 from clpeft.models.recomputation import recompute_activations
+from clpeft.models.weights import base_digest
 from clpeft.peft_methods.base import apply_peft
+from clpeft.peft_methods.carried import take_over
 from clpeft.registry import STRATEGIES
 from clpeft.serving import record_serving
 from clpeft.stopping import StopRequests
@@ -51,7 +52,8 @@ def run_experiment(
         What results.json holds.
     """
     run = build_run(config, directory)
-    checkpoints = Checkpoints(directory, config.training.checkpoint, result_settings(composed))
+    settings = result_settings(composed) | {"the base model's weights": run.base}
+    checkpoints = Checkpoints(directory, config.training.checkpoint, settings)
     if run.accelerator.is_main_process:
         checkpoints.tidy()
     run.accelerator.wait_for_everyone()  # the main process may be clearing the directory
@@ -98,12 +100,14 @@ def build_run(config: Config, directory: Path) -> Run:
     with accelerator.main_process_first():  # which fills the caches for the others
         source = model_source(config.model, stream, cache_dir)
         tokenizer = load_tokenizer(config.model, source)
+        base = base_digest(config.model, source, cache_dir)
         encoded = encode_stream(stream, tokenizer, config.model.task_type, cache_dir=str(cache_dir))
     # from here on the run's own draws: a new head, the adapter's first weights, dropout
     set_seed(config.seed)
     labels, whole = len(stream.label_names), config.peft.trained_whole
     model, new = load_model(config.model, source, tokenizer, labels, config.quantization, whole)
     model = apply_peft(model, config.peft, config.model.task_type, new)
+    take_over(model, source, config.peft)
     if config.training.gradient_checkpointing:
         recompute_activations(model)
     check_positions(model, encoded.longest)
@@ -112,7 +116,6 @@ def build_run(config: Config, directory: Path) -> Run:
     objective = make_objective(config.model, model, tokenizer, allowed)
     strategies = [STRATEGIES[name].target(values) for name, values in config.strategies.items()]
     companion = config.peft.companion and config.peft.companion(config.peft)
-    base = base_name(config.model, source)
     return Run(
         config,
         directory,

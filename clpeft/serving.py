@@ -99,11 +99,11 @@ def _base_of(config: ModelConfig, source: str) -> tuple[ModelConfig, str | None]
     """How the base beneath a source is loaded again, and the digest of its files."""
     from huggingface_hub import try_to_load_from_cache
 
-    from clpeft.models.load import plain_base
+    from clpeft.models.adapted import whole_source
 
     # code from elsewhere is run if whoever loads it says so, not because a file does
     known = replace(config, architecture=None, warmup=None, trust_remote_code=False)
-    base = plain_base(source)
+    base = whole_source(source)
     if Path(base).is_dir():
         return replace(known, path=str(Path(base).resolve())), folder_digest(Path(base))
     cached = try_to_load_from_cache(base, "config.json", revision=config.revision)

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from clpeft import evidence
 from clpeft.capabilities import capability_table
 from clpeft.catalogue import catalogue
+from clpeft.models.architectures import target_table
 from clpeft.peft_methods.any import AnySettings
 from clpeft.peft_methods.base import PEFT_TASK_TYPES
-from clpeft.models.architectures import target_table
 from clpeft.registry import PEFT_METHODS, STRATEGIES
 from clpeft.strategies.base import Evidence
 from tests.running import compose

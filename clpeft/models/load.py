@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from clpeft.config import ConfigError, ModelConfig
+from clpeft.models.adapted import check_adapter, check_plain, whole_source
 from clpeft.models.generated import generated_base
 from clpeft.models.objective import (
     CausalObjective,
@@ -23,7 +23,6 @@ from clpeft.models.objective import (
 from clpeft.models.quantize import QuantizationConfig, kept_whole, number_of_weights, prepare
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from clpeft.streams.base import Stream
@@ -53,6 +52,7 @@ def check_model(config: ModelConfig) -> None:
                 f"model.path={config.path} holds neither config.json nor adapter_config.json, so "
                 f"it is not a model's folder as save_pretrained writes it."
             )
+        check_adapter(str(folder))
     elif config.hub_id is None and config.architecture is None:
         raise ConfigError(
             f"model={config.name} says nowhere what to load; set model.path to a folder, "
@@ -70,18 +70,6 @@ def model_source(config: ModelConfig, stream: Stream, cache_dir: Path) -> str:
     return config.hub_id
 
 
-def base_name(config: ModelConfig, source: str) -> str:
-    """What tells base models apart in results, wherever the cache of generated ones lies."""
-    if config.path is None and config.architecture is not None:
-        return Path(source).name
-    return f"{source}@{config.revision}" if config.revision else source
-
-
-def plain_base(source: str) -> str:
-    """The base model of a source: of an adapter's folder the one that it is for, else itself."""
-    return _adapted_base(source) or source
-
-
 def load_tokenizer(config: ModelConfig, source: str) -> PreTrainedTokenizerBase:
     """Loads a model's tokenizer, with a padding token.
 
@@ -90,9 +78,8 @@ def load_tokenizer(config: ModelConfig, source: str) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    base = _adapted_base(source)
-    if base is not None and not (Path(source) / "tokenizer_config.json").is_file():
-        source = base
+    if not (Path(source) / "tokenizer_config.json").is_file():
+        source = whole_source(source)
     tokenizer = _loaded(AutoTokenizer, source, config)
     if tokenizer.pad_token is None:
         # padding is masked everywhere, so that any token will do; the usual one is end-of-text
@@ -107,12 +94,13 @@ def load_model(
     labels: int,
     quantization: QuantizationConfig = NOT_QUANTIZED,
     whole: Sequence[str] = (),
-) -> tuple[PreTrainedModel | PeftModel, list[str]]:
-    """Loads a base model, or one that carries an adapter already.
+) -> tuple[PreTrainedModel, list[str]]:
+    """Loads a base model.
 
     Args:
         config: The model's settings.
-        source: A folder or a name on the Hub.
+        source: A folder or a name on the Hub; of an adapter's folder, the base it stands on is
+            loaded.
         tokenizer: Its tokenizer.
         labels: Size of the stream's label space, for a classification head.
         quantization: How the base is stored.
@@ -131,7 +119,7 @@ def load_model(
         AutoModelForSequenceClassification,
     )
 
-    base = _adapted_base(source)
+    source = whole_source(source)
     options: dict[str, Any] = {"dtype": _dtype(config.dtype), "output_loading_info": True}
     if config.attention is not None:
         options["attn_implementation"] = config.attention
@@ -144,22 +132,18 @@ def load_model(
         options |= {"num_labels": labels, "ignore_mismatched_sizes": True}
     if quantization.method != "none":
         # what it is made of, without its weights: which modules are new is known only then
-        skeleton, found = _loaded(auto, base or source, config, **options, device_map="meta")
-        _check_is_plain(skeleton, base or source)
-        kept = kept_whole(skeleton, _new_modules(found), [*whole, *_trained_whole(source)])
+        skeleton, found = _loaded(auto, source, config, **options, device_map="meta")
+        _check_is_plain(skeleton, source)
+        kept = kept_whole(skeleton, _new_modules(found), whole)
         options["quantization_config"] = quantization.told(kept)
-    model, found = _loaded(auto, base or source, config, **options)
+    model, found = _loaded(auto, source, config, **options)
+    check_plain(model, found["unexpected_keys"], source)
     model.config.pad_token_id = tokenizer.pad_token_id
     if quantization.method != "none":
         model = prepare(model)
     else:
-        _check_is_plain(model, base or source)
-    new = _new_modules(found)
-    if base is None:
-        return model, new
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(model, source, is_trainable=True), new
+        _check_is_plain(model, source)
+    return model, _new_modules(found)
 
 
 def make_objective(
@@ -239,23 +223,6 @@ def _check_is_plain(model: PreTrainedModel, source: str) -> None:
             f"The model at {source} is stored quantized already ({stored['quant_method']}); take "
             f"one with plain weights, and quantization=nf4 or int8."
         )
-
-
-def _adapted_base(source: str) -> str | None:
-    """The base model of an adapter's folder; None where the source is none."""
-    adapter = _adapter_settings(source)
-    return None if adapter is None else str(adapter["base_model_name_or_path"])
-
-
-def _trained_whole(source: str) -> list[str]:
-    """Names of the base's modules that an adapter's folder has whole; of other sources none."""
-    return (_adapter_settings(source) or {}).get("modules_to_save") or []
-
-
-def _adapter_settings(source: str) -> dict[str, Any] | None:
-    """What an adapter's folder says of it; None where the source is none."""
-    path = Path(source) / "adapter_config.json"
-    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def _dtype(name: str) -> torch.dtype | str:

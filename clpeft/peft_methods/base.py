@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from omegaconf import MISSING
 
-from clpeft.config import ConfigError
 from clpeft.registry import PEFT_METHODS
 from clpeft.strategies.base import Strategy
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
-
-log = logging.getLogger(__name__)
 
 PEFT_TASK_TYPES = {
     "sequence_classification": "SEQ_CLS",
@@ -70,12 +66,12 @@ class PeftMethodConfig:
 
 
 def apply_peft(
-    model: PreTrainedModel | PeftModel, config: Any, task_type: str, new: Sequence[str]
+    model: PreTrainedModel, config: Any, task_type: str, new: Sequence[str]
 ) -> PreTrainedModel | PeftModel:
-    """Puts the adapter on a model, once; leaves trainable just what the method trains.
+    """Puts the adapter on a model; leaves trainable just what the method trains.
 
     Args:
-        model: A base model, or one that carries an adapter already, which is kept as it is.
+        model: A base model.
         config: Settings of the chosen method.
         task_type: sequence_classification, causal_lm or seq2seq_lm.
         new: Paths of modules that the model's source had no weights for. They train whole and are
@@ -85,29 +81,6 @@ def apply_peft(
         The model to train.
 
     Raises:
-        ConfigError: If the adapter that the model carries is of another kind than `config`
-            asks for, or nothing in the model can be adapted.
+        ConfigError: If nothing in the model can be adapted.
     """
-    from peft import PeftModel
-
-    if isinstance(model, PeftModel):
-        carried = carried_kind(model)
-        if carried != config.kind:
-            choice = carried if carried in PEFT_METHODS else f"any peft.type={carried.upper()}"
-            raise ConfigError(
-                f"peft={config.kind} was asked for, but the model at {model.name_or_path} carries"
-                f" a {carried} adapter already; choose peft={choice} or start from its base model."
-            )
-        log.info("the model carries its %s adapter already; it is not wrapped again", carried)
-        return model
     return PEFT_METHODS[config.method].target(model, config, task_type, new)
-
-
-def carried_kind(model: PeftModel) -> str:
-    """What kind of adapter a model carries, by the name of the method that puts it there."""
-    from peft.utils.constants import DUMMY_TARGET_MODULES
-
-    config = model.peft_config[model.active_adapter]
-    if config.peft_type == "LORA" and config.target_modules == DUMMY_TARGET_MODULES:
-        return "frozen"
-    return config.peft_type.value.lower()

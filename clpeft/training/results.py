@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor
 
 from clpeft.config import RESULT_KEYS, SETTING_KEYS, digest, run_name
 from clpeft.doubts import doubts
 from clpeft.evaluation.metrics import compute_metrics
 from clpeft.models.load import count_parameters
+from clpeft.models.weights import weights_digest
 from clpeft.registry import STRATEGIES
 from clpeft.rundir import RESULTS_SCHEMA, RunDirectory, git_commit, versions
 
@@ -36,7 +34,7 @@ def collect(loop: Loop, composed: DictConfig) -> dict[str, Any]:
     sizes = [len(loop.evaluator.examples(task)) for task in run.stream.tasks]
     chance = [task.chance for task in tasks]
     setting = digest(composed, SETTING_KEYS)
-    references = find_references(run.directory.parent, setting, config.seed)
+    references = find_references(run.directory.parent, setting, config.seed, run.base)
     for name in config.strategies:
         references.pop(name, None)  # no run is its own reference
     metrics, undefined = compute_metrics(
@@ -99,31 +97,14 @@ def collect(loop: Loop, composed: DictConfig) -> dict[str, Any]:
     return results
 
 
-def weights_digest(parameters: Mapping[str, Tensor]) -> str:
-    """What two sets of named weights share only if they are equal, bit by bit.
-
-    Args:
-        parameters: Name to parameter, of any type and shape.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    found = hashlib.sha256()
-    for name, parameter in parameters.items():
-        found.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        # one at a time: all of a large model need not fit in the host's memory twice
-        content = parameter.detach().cpu().reshape(-1).view(torch.uint8)
-        found.update(content.numpy().data)
-    return found.hexdigest()
-
-
-def find_references(folder: Path, setting: str, seed: int) -> dict[str, list[float]]:
-    """Scores of completed reference runs in the same setting and with the same seed.
+def find_references(folder: Path, setting: str, seed: int, base: str) -> dict[str, list[float]]:
+    """Scores of completed reference runs in the same setting, on the same base, of the same seed.
 
     Args:
         folder: Where runs of the same stream lie.
         setting: The digest of what is being compared: model, adapter, stream, evaluation.
         seed: The seed to match.
+        base: What the base model's weights are known by.
 
     Returns:
         `independent`: the diagonal of an independent run, S_i; `joint`: the last row of a joint
@@ -133,7 +114,10 @@ def find_references(folder: Path, setting: str, seed: int) -> dict[str, list[flo
     for name in ("independent", "joint"):
         for path in sorted(folder.glob(f"{name}-s{seed}-*/results.json")):
             other = RunDirectory(path.parent).results
-            if other.get("digests", {}).get("setting") != setting or other["strategies"] != [name]:
+            digests = other.get("digests", {})
+            if (digests.get("setting"), digests.get("base")) != (setting, base):
+                continue
+            if other["strategies"] != [name]:
                 continue
             if name in found:  # which of several to take is left to `clpeft report`
                 del found[name]

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from transformers import AutoModel, AutoTokenizer, GPT2Config, LlamaConfig, RobertaConfig
 
 from clpeft.config import ConfigError, ModelConfig
@@ -19,9 +18,6 @@ from clpeft.models.load import (
     load_model,
     load_tokenizer,
 )
-from clpeft.peft_methods.base import apply_peft
-from clpeft.peft_methods.lora import LoraSettings
-from tests.running import Outcome, run_it
 
 
 def config(path: Path | str | None, task_type: str = "causal_lm", **more: Any) -> ModelConfig:
@@ -78,48 +74,6 @@ def test_tokenizer_without_padding_pads_with_its_end(llama: Any, tmp_path: Path)
 
     assert AutoTokenizer.from_pretrained(tmp_path).pad_token is None
     assert load_tokenizer(config(tmp_path), str(tmp_path)).pad_token == "</s>"
-
-
-def test_adapter_that_is_there_is_gone_on_with(llama: Any, tmp_path: Path) -> None:
-    from clpeft.peft_methods.lora import apply_lora
-
-    settings = LoraSettings(method="lora", r=2, alpha=4, dropout=0.0, target="auto", bias="none")
-    base, _ = load_model(*llama, labels=4)
-    made = apply_lora(base, settings, "causal_lm", [])
-    with torch.no_grad():
-        for name, parameter in made.named_parameters():
-            if "lora_B" in name:
-                parameter.fill_(0.25)
-    made.save_pretrained(tmp_path)
-    llama[2].save_pretrained(tmp_path)
-
-    check_model(config(tmp_path))
-    model, _ = load_model(config(tmp_path), str(tmp_path), llama[2], labels=4)
-    model = apply_peft(model, settings, "causal_lm", [])
-
-    assert isinstance(model, PeftModel)
-    assert not any(
-        isinstance(module, PeftModel) for module in model.modules() if module is not model
-    )
-    adapter = {n: p for n, p in model.named_parameters() if "lora" in n}
-    assert len(adapter) == 8
-    assert all(parameter.requires_grad for parameter in adapter.values())
-    assert all((p == 0.25).all() for n, p in adapter.items() if "lora_B" in n)
-    assert count_parameters(model)[1] == sum(p.numel() for p in adapter.values())
-
-
-def test_run_goes_on_from_the_adapter_of_another(
-    finished: Callable[..., Outcome], tiny: Callable[..., list[str]], tmp_path: Path
-) -> None:
-    (folder,) = (finished("finetune").directory / "adapters").glob("3_*")
-    short = ("stream.num_tasks=2", "evaluation.ahead=false")
-    overrides = [o for o in tiny("finetune", *short) if not o.startswith("model.path=")]
-
-    outcome = run_it([*overrides, f"model.path={folder}"], tmp_path / "run")
-
-    for name, parameter in finished("finetune").trainable.items():
-        assert torch.equal(outcome.before[name], parameter)
-        assert not torch.equal(outcome.trainable[name], parameter)
 
 
 @pytest.mark.parametrize(

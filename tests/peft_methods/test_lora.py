@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 
 from clpeft.config import ConfigError
 from clpeft.models.load import count_parameters
@@ -107,24 +106,6 @@ def test_scaling(rslora: bool, scaling: float) -> None:
 
     # α/r, or α/√r
     assert layer.scaling["default"] == scaling
-
-
-def test_model_that_carries_the_adapter_is_not_wrapped_again() -> None:
-    model = apply_peft(llama(), settings(), "causal_lm", [])
-    again = apply_peft(model, settings(r=2), "causal_lm", [])
-
-    assert again is model
-    assert sum(isinstance(module, PeftModel) for module in again.modules()) == 1
-
-
-def test_adapter_of_another_kind_is_refused() -> None:
-    model = apply_peft(llama(), settings(), "causal_lm", [])
-
-    with pytest.raises(
-        ConfigError, match=r"peft=full was asked for, .* carries a lora adapter"
-    ) as e:
-        apply_peft(model, FullConfig(method="full"), "causal_lm", [])
-    assert "choose peft=lora" in str(e.value)
 
 
 def test_full_trains_everything() -> None:

@@ -1,0 +1,103 @@
+"""Digests of weights: what two models share only if they are equal, bit by bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from clpeft.config import ModelConfig
+from clpeft.models.adapted import whole_source
+
+# in the order in which transformers looks for them, and PEFT
+WHOLE = ("model.safetensors", "pytorch_model.bin")
+ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
+DIGITS = 16
+
+
+def base_digest(config: ModelConfig, source: str, cache_dir: Path) -> str:
+    """What tells base models apart in results: their weights, wherever they lie.
+
+    A base that is built here is known by the fingerprint of its recipe, because another machine's
+    warm-up may differ in the last bits; any other by what its files hold.
+
+    Args:
+        config: The model's settings.
+        source: The folder or the Hub's name; an adapter counts beside the base that it stands on.
+        cache_dir: Digests of files are kept below it.
+    """
+    if config.path is None and config.architecture is not None:
+        return Path(source).name
+    whole = whole_source(source)
+    files = list(_weights_files(whole, WHOLE, config.revision))
+    if not files:  # in a format of its own
+        return f"{source}@{config.revision}" if config.revision else source
+    files += [] if whole == source else _weights_files(source, ADAPTER, None)
+    digests = "".join(_file_digest(path, cache_dir / "digests") for path in files)
+    return hashlib.sha256(digests.encode()).hexdigest()[:DIGITS]
+
+
+def weights_digest(parameters: Mapping[str, Tensor]) -> str:
+    """What two sets of named weights share only if they are equal, bit by bit.
+
+    Args:
+        parameters: Name to parameter, of any type and shape.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    found = hashlib.sha256()
+    for name, parameter in parameters.items():
+        found.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        # one at a time: all of a large model need not fit in the host's memory twice
+        content = parameter.detach().cpu().reshape(-1).view(torch.uint8)
+        found.update(content.numpy().data)
+    return found.hexdigest()
+
+
+def _weights_files(source: str, names: tuple[str, ...], revision: str | None) -> Iterator[Path]:
+    """The files of the first format that is there: one, or the parts that its index names."""
+    for name in names:
+        if whole := _local(source, name, revision):
+            yield whole
+            return
+        if index := _local(source, f"{name}.index.json", revision):
+            for part in sorted({*json.loads(index.read_text())["weight_map"].values()}):
+                yield index.with_name(part)
+            return
+
+
+def _local(source: str, name: str, revision: str | None) -> Path | None:
+    """A file of a model that was loaded: in its folder, or in the Hub's cache."""
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        source,
+        name,
+        revision=revision or "main",
+        local_files_only=True,
+        _raise_exceptions_for_missing_entries=False,
+    )
+    return Path(found) if found else None
+
+
+def _file_digest(path: Path, kept: Path) -> str:
+    """The digest of a file's content, which is read once as long as the file is not touched."""
+    path = path.resolve()
+    known = path.stat()
+    key = hashlib.sha256(f"{path} {known.st_size} {known.st_mtime_ns}".encode()).hexdigest()
+    record = kept / key
+    if record.is_file():
+        return record.read_text()
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    kept.mkdir(parents=True, exist_ok=True)
+    aside = kept / f".{key}-{os.getpid()}"  # never half written, whoever else writes it
+    aside.write_text(digest)
+    aside.rename(record)
+    return digest

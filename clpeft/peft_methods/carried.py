@@ -1,0 +1,131 @@
+"""An adapter that a run starts from: the model's source is an adapter's folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import TYPE_CHECKING, Any
+
+from clpeft.config import ConfigError
+from clpeft.models.adapted import adapter_settings
+from clpeft.registry import PEFT_METHODS
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from torch import nn
+
+log = logging.getLogger(__name__)
+
+ADAPTER = "default"
+# what says who wrote an adapter, and for what
+NO_MATTER = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_version",
+    "revision",
+    "task_type",
+}
+# what is compared by the modules that it comes down to
+BY_MODULES = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+
+
+def take_over(model: nn.Module, source: str, method: Any) -> None:
+    """Gives the adapter that was put on a model the weights of the one in its source, if any.
+
+    So it is applied once, by the same way as a new one, and is what the run's settings say.
+
+    Args:
+        model: The model with its adapter.
+        source: What the model was loaded from.
+        method: Settings of the chosen PEFT method.
+
+    Raises:
+        ConfigError: If the source's adapter is another than the chosen settings make.
+    """
+    if adapter_settings(source) is None:
+        return
+    from peft import (
+        PeftConfig,
+        PeftModel,
+        get_peft_model_state_dict,
+        load_peft_weights,
+        set_peft_model_state_dict,
+    )
+
+    carried = PeftConfig.from_pretrained(source)
+    kind = carried.peft_type.value.lower()
+    if (
+        not isinstance(model, PeftModel)
+        or model.peft_config[ADAPTER].peft_type != carried.peft_type
+    ):
+        right = f"peft={kind}" if kind in PEFT_METHODS else "the method that makes such a one"
+        raise ConfigError(
+            f"peft={method.kind} was asked for, but {source} carries a {kind} adapter; choose "
+            f"{right}, or set model.path to its base model."
+        )
+    asked = model.peft_config[ADAPTER]
+    if told := _differences(carried, asked, model):
+        raise ConfigError(
+            f"The adapter in {source} is not the one that peft={method.kind} makes here ({told}); "
+            f"set peft's settings to the adapter's, or model.path to its base model."
+        )
+    weights = load_peft_weights(source, device="cpu")
+    own = get_peft_model_state_dict(model, adapter_name=ADAPTER)
+    if told := _misfits(weights, own):
+        raise ConfigError(
+            f"The adapter in {source} does not fit the model of this run ({told}); start from its "
+            f"base model."
+        )
+    set_peft_model_state_dict(model, weights, adapter_name=ADAPTER)
+    log.info("the run starts from the %s adapter in %s", kind, source)
+
+
+def _differences(carried: PeftConfig, asked: PeftConfig, model: PeftModel) -> str:
+    """The settings that two adapters do not share, as `r is 4 there and 8 here`."""
+    one, other = _settings(carried), _settings(asked)
+    told = sorted(
+        f"{key} is {one[key]} there and {other[key]} here"
+        for key in one.keys() & other.keys()
+        if one[key] != other[key] and _counts(key)
+    )
+    if "target_modules" in other:
+        paths = [path for path, _ in model.get_base_model().named_modules()]
+        there, here = ({path for path in paths if _targets(c, path)} for c in (carried, asked))
+        if there != here:
+            more, fewer = (
+                ", ".join(sorted({path.rpartition(".")[2] for path in lot})) or "none"
+                for lot in (there - here, here - there)
+            )
+            told.append(f"adapted there only: {more}; here only: {fewer}")
+    return ", ".join(told)
+
+
+def _settings(config: PeftConfig) -> dict[str, Any]:
+    """As the file has them: sets as lists, in one order."""
+    plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    if plain.get("modules_to_save") is not None:
+        plain["modules_to_save"] = sorted({*plain["modules_to_save"]})
+    return json.loads(json.dumps(plain, default=str))
+
+
+def _counts(key: str) -> bool:
+    """Whether a setting is the adapter's own, and not one of how its training starts or goes."""
+    if key in NO_MATTER | BY_MODULES:
+        return False
+    return not key.startswith("init_") and not key.endswith("dropout")
+
+
+def _targets(config: PeftConfig, path: str) -> bool:
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    return bool(check_target_module_exists(config, path))
+
+
+def _misfits(weights: dict[str, Any], own: dict[str, Any]) -> str:
+    """The first weights that one adapter has and another has not, or in another shape."""
+    for name in sorted({*weights, *own}):
+        there, here = (list(w[name].shape) if name in w else "not at all" for w in (weights, own))
+        if there != here:
+            return f"{name} is {there} there and {here} here"
+    return ""
