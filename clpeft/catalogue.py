@@ -19,6 +19,7 @@ ENTRY_POINTS = {
     "strategy": "clpeft.strategies",
     "peft": "clpeft.peft_methods",
     "stream": "clpeft.streams",
+    "model": "clpeft.models",
 }
 # in the order in which config.yaml names them; others follow by name
 ORDER = (

@@ -15,9 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from clpeft.config import Config, ConfigError, RunError, nearest
+from clpeft.models.own import check_own
 from clpeft.models.quantize import QUANTIZATIONS
 from clpeft.processes import sharding, world_size
-from clpeft.registry import PEFT_METHODS, STRATEGIES, STREAMS
+from clpeft.registry import MODELS, PEFT_METHODS, STRATEGIES, STREAMS, Entry
 from clpeft.slurm import SlurmSettings
 from clpeft.strategies.base import Strategy, defines
 
@@ -54,7 +55,19 @@ def register_schemas() -> None:
         if not (shipped / f"{entry.name}.yaml").is_file():
             package = f"strategies.{entry.name}"
             store.store(group="strategy", name=entry.name, node=entry.config, package=package)
+    for entry in MODELS:
+        # nor does a model of one's own need one, which is known by the name it is registered under
+        node = _own_model(entry)
+        store.store(group="schema/model", name=entry.name, node=node)
+        store.store(group="model", name=entry.name, node=node)
     _set_plugin_defaults(store)
+
+
+def _own_model(entry: Entry) -> DictConfig:
+    """The settings of a model of one's own, with its name in them."""
+    return OmegaConf.merge(  # type: ignore[return-value]
+        OmegaConf.structured(entry.config), {"name": entry.name, "builder": entry.name}
+    )
 
 
 def _set_plugin_defaults(store: ConfigStore) -> None:
@@ -93,21 +106,25 @@ def as_dataclasses(composed: DictConfig) -> Config:
         ConfigError: If something in it does not exist, or is of the wrong type.
     """
     _check_chosen(composed)
-    typed = _fitted(Config, OmegaConf.to_container(composed, resolve=True), "")
+    schema = OmegaConf.structured(Config)
+    if "builder" in composed.model:
+        schema.model = OmegaConf.structured(MODELS[composed.model.builder].config)
+    typed = _fitted(schema, OmegaConf.to_container(composed, resolve=True), "")
     nodes = [(f"strategies.{name}", STRATEGIES[name].config) for name in composed.strategies]
     nodes += [("peft", PEFT_METHODS[composed.peft.method].config)]
     nodes += [("stream", STREAMS[composed.stream.kind].config)]
     nodes += [("quantization", QUANTIZATIONS[composed.quantization.method])]
     for path, schema in nodes:
         plain = OmegaConf.to_container(OmegaConf.select(typed, path), resolve=True)
-        OmegaConf.update(typed, path, _fitted(schema, plain, f"{path}."), merge=False)
+        node = _fitted(OmegaConf.structured(schema), plain, f"{path}.")
+        OmegaConf.update(typed, path, node, merge=False)
     return OmegaConf.to_object(typed)  # type: ignore[return-value]
 
 
-def _fitted(schema: type, values: Any, path: str) -> DictConfig:
+def _fitted(schema: DictConfig, values: Any, path: str) -> DictConfig:
     """Values with the names and types of a schema; what was added to it (`+key=...`) is found."""
     try:
-        return OmegaConf.merge(OmegaConf.structured(schema), values)  # type: ignore[return-value]
+        return OmegaConf.merge(schema, values)  # type: ignore[return-value]
     except ConfigKeyError as error:
         raise ConfigError(_unknown_key(f"{path}{error.full_key}")) from error
     except ValidationError as error:
@@ -115,10 +132,13 @@ def _fitted(schema: type, values: Any, path: str) -> DictConfig:
 
 
 def _check_chosen(composed: DictConfig) -> None:
-    for group, registry, name in (
+    chosen = [
         ("peft.method", PEFT_METHODS, composed.peft.method),
         ("stream.kind", STREAMS, composed.stream.kind),
-    ):
+    ]
+    if "builder" in composed.model:
+        chosen += [("model.builder", MODELS, composed.model.builder)]
+    for group, registry, name in chosen:
         if name not in registry:
             options = [entry.name for entry in registry]
             raise ConfigError(f"{group}={name} does not exist.{nearest(name, options)}")
@@ -237,6 +257,7 @@ def check_combination(config: Config) -> None:
             f"forward and backward, so a term that is added to the loss would be left out."
         )
     _check_peft(config)
+    check_own(config)
     for strategy in strategies.values():
         strategy.check(config)
     if len(config.optimizer.betas) != 2:
@@ -418,7 +439,7 @@ def _unknown_key(key: str) -> str:
 
 def _chosen_schemas() -> Iterator[tuple[str, str, type]]:
     """Group, option and settings of the parts whose settings hang on what is chosen."""
-    for registry in (PEFT_METHODS, STREAMS):
+    for registry in (PEFT_METHODS, STREAMS, MODELS):
         for entry in registry:
             yield registry.kind, entry.name, entry.config
     for name, schema in QUANTIZATIONS.items():

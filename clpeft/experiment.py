@@ -17,6 +17,7 @@ from clpeft.models.load import (
     make_objective,
     model_source,
 )
+from clpeft.models.own import check_answers, check_forward
 from clpeft.models.recomputation import recompute_activations
 from clpeft.models.weights import base_digest
 from clpeft.peft_methods.base import apply_peft
@@ -97,20 +98,23 @@ def build_run(config: Config, directory: Path) -> Run:
     accelerator = make_accelerator(config.training.precision)
     cache_dir = Path(config.paths.cache_dir).expanduser()
     stream = build_stream(config.stream, data_dir=config.paths.data_dir)
+    check_answers(config, stream)
     with accelerator.main_process_first():  # which fills the caches for the others
         source = model_source(config.model, stream, cache_dir)
-        tokenizer = load_tokenizer(config.model, source)
-        base = base_digest(config.model, source, cache_dir)
+        tokenizer = load_tokenizer(config.model, source, stream)
         encoded = encode_stream(stream, tokenizer, config.model.task_type, cache_dir=str(cache_dir))
     # from here on the run's own draws: a new head, the adapter's first weights, dropout
     set_seed(config.seed)
     labels, whole = len(stream.label_names), config.peft.trained_whole
     model, new = load_model(config.model, source, tokenizer, labels, config.quantization, whole)
+    with accelerator.main_process_first():
+        base = base_digest(config.model, model, source, cache_dir)
     model = apply_peft(model, config.peft, config.model.task_type, new)
     take_over(model, source, config.peft)
     if config.training.gradient_checkpointing:
         recompute_activations(model)
     check_positions(model, encoded.longest)
+    check_forward(config.model, model, labels, encoded.longest)
     model.to(accelerator.device)
     allowed = allowed_labels(encoded, 0).to(accelerator.device)
     objective = make_objective(config.model, model, tokenizer, allowed)

@@ -1,4 +1,4 @@
-"""What can be chosen by name: strategies, PEFT methods and streams, ours and third parties'."""
+"""What can be chosen by name: strategies, PEFT methods, streams and models of one's own."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Registry:
     """Choices of one kind, filled by a decorator.
 
     Ours are found by importing every module of `package`; a third party's by the entry points of
-    the same name (`clpeft.strategies`, `clpeft.peft_methods`, `clpeft.streams`), each of which
-    names a module to import.
+    the same name (`clpeft.strategies`, `clpeft.peft_methods`, `clpeft.streams`, `clpeft.models`),
+    each of which names a module to import.
 
     Args:
         kind: The config group that the choices belong to, as messages name it.
@@ -89,3 +89,4 @@ class Registry:
 STRATEGIES = Registry("strategy", "clpeft.strategies")
 PEFT_METHODS = Registry("peft", "clpeft.peft_methods")
 STREAMS = Registry("stream", "clpeft.streams")
+MODELS = Registry("model", "clpeft.models")

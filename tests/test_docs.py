@@ -20,11 +20,13 @@ from clpeft import evidence
 from clpeft.capabilities import capability_table
 from clpeft.catalogue import catalogue
 from clpeft.models.architectures import target_table
+from clpeft.models.own import ABILITIES
 from clpeft.peft_methods.any import AnySettings
 from clpeft.peft_methods.base import PEFT_TASK_TYPES
 from clpeft.registry import PEFT_METHODS, STRATEGIES
 from clpeft.strategies.base import Evidence
 from tests.running import compose
+from tests.settings import TINY
 
 ROOT = Path(__file__).parents[1]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -32,6 +34,16 @@ DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def installed(package: Path, name: str, code: str, points: str) -> dict[str, str]:
+    """The environment of processes that a package of one module is installed for."""
+    metadata = package / f"{name}-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (package / f"{name}.py").write_text(code)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(points)
+    return os.environ | {"PYTHONPATH": str(package)}
 
 
 def launched(overrides: list[str], package: Path, outputs: Path) -> Path:
@@ -55,11 +67,7 @@ def launched(overrides: list[str], package: Path, outputs: Path) -> Path:
 def packaged(package: Path, group: str, name: str, code: str, preset: str) -> None:
     """Lays a module and its preset out as an installed package does, with an entry point."""
     kind = {"strategy": "clpeft.strategies", "peft": "clpeft.peft_methods"}[group]
-    metadata = package / f"{name}-1.0.dist-info"
-    metadata.mkdir(parents=True)
-    (package / f"{name}.py").write_text(code)
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text(f"[{kind}]\n{name} = {name}\n")
+    installed(package, name, code, f"[{kind}]\n{name} = {name}\n")
     (package / "conf" / group).mkdir(parents=True)
     (package / "conf" / group / f"{name}.yaml").write_text(preset)
 
@@ -121,6 +129,34 @@ def test_added_peft_method_runs(tiny: Callable[..., list[str]], tmp_path: Path) 
     assert {name for name in first if torch.equal(first[name], second[name])} == {
         name for name in first if "lora_A" in name
     }
+
+
+def test_a_model_of_one_s_own_runs(cache_dir: Path, tmp_path: Path) -> None:
+    (code,) = blocks("docs/your_own_model.md", "python")
+    (project,) = blocks("docs/your_own_model.md", "toml")
+    # as an installer writes it of the project's file
+    (point,) = re.findall(r"^(\w+ = )\"(\w+)\"$", project, re.MULTILINE)
+    points = f"[clpeft.models]\n{''.join(point)}\n"
+    environment = installed(tmp_path / "package", "small_gpt", code, points)
+    command = (sys.executable, "-m", "clpeft")
+    tiny = [o for o in TINY if not o.startswith("peft.target=")]
+    done = subprocess.run(
+        [
+            *(*command, *tiny, "model=small_gpt", "peft.target=[w_q,w_v]", "stream.num_tasks=2"),
+            *(f"paths.cache_dir={cache_dir}", f"paths.output_dir={tmp_path / 'outputs'}"),
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (told,) = (tmp_path / "outputs").rglob("2_*/adapter_config.json")
+    assert sorted(json.loads(told.read_text())["target_modules"]) == ["w_q", "w_v"]
+    shown = subprocess.run(
+        [*command, "list", "model"], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "model=small_gpt\tFrom another package: small_gpt" in shown.stdout
 
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda path: path.name)
@@ -186,6 +222,11 @@ def test_table_of_target_modules_is_the_models_own() -> None:
     page = (ROOT / "docs/target_modules.md").read_text()
     told = page.split("<!-- target modules -->\n")[1].split("<!-- end of target modules -->")[0]
     assert told.strip() == target_table()
+
+
+def test_what_a_model_of_one_s_own_may_be_able_to_do() -> None:
+    rows = table("docs/your_own_model.md", "| ability | what it is | what asks for it |")
+    assert list(rows) == list(ABILITIES)
 
 
 def test_thresholds_and_kinds_are_those_that_are_judged_by() -> None:

@@ -49,31 +49,39 @@ def causal_scorer(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Score
     That is not so where distance is not told by position ids (ALiBi), where layers carry a state
     from token to token, or beyond the span of local attention, which a mask of ours would widen.
     """
-    base = beneath_adapter(model)
-    accepts = inspect.signature(base.forward).parameters
-    implementation = str(base.config._attn_implementation)
-    described = base.config.get_text_config().to_dict()
-    learns_prompts = any(
-        config.is_prompt_learning for config in (vars(model).get("peft_config") or {}).values()
-    )
-    packs = (
-        "position_ids" in accepts
-        and implementation in ("eager", "sdpa")
-        and not described.get("alibi")
-        and not base._is_stateful
-        and not learns_prompts
-    )
-    span = min((described[name] for name in SPANS if described.get(name)), default=math.inf)
+    span = _packed_span(model)
     keeps = takes_logits_to_keep(model)
     pad = int(tokenizer.pad_token_id)
 
     def score(prompts: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]]) -> Tensor:
         longest = max(map(len, prompts)) + max(map(len, candidates))
-        if packs and longest <= span:
+        if longest <= span:
             return packed_scores(model, prompts, candidates, pad=pad, keeps_logits=keeps)
         return expanded_scores(model, prompts, candidates, pad=pad)
 
     return score
+
+
+def _packed_span(model: nn.Module) -> float:
+    """How many tokens a decoder reads under an attention mask of ours; 0 if it takes none."""
+    from transformers import PreTrainedModel
+
+    base = beneath_adapter(model)
+    if not isinstance(base, PreTrainedModel):
+        return 0
+    described = base.config.get_text_config().to_dict()
+    learns_prompts = any(
+        config.is_prompt_learning for config in (vars(model).get("peft_config") or {}).values()
+    )
+    packs = (
+        "position_ids" in inspect.signature(base.forward).parameters
+        and base.config._attn_implementation in ("eager", "sdpa")
+        and not described.get("alibi")
+        and not base._is_stateful
+        and not learns_prompts
+    )
+    spans = (described[name] for name in SPANS if described.get(name))
+    return min(spans, default=math.inf) if packs else 0
 
 
 def packed_scores(

@@ -20,10 +20,11 @@ from clpeft.models.objective import (
     Seq2SeqObjective,
     takes_logits_to_keep,
 )
+from clpeft.models.own import OwnModelConfig, build_own, own_tokenizer
 from clpeft.models.quantize import QuantizationConfig, kept_whole, number_of_weights, prepare
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from clpeft.streams.base import Stream
 
@@ -47,12 +48,16 @@ def check_model(config: ModelConfig) -> None:
                 f"model.path={config.path} is not a folder; it must hold a model as "
                 f"save_pretrained writes it (config.json, weights, tokenizer)."
             )
+        if isinstance(config, OwnModelConfig):
+            return
         if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise ConfigError(
                 f"model.path={config.path} holds neither config.json nor adapter_config.json, so "
                 f"it is not a model's folder as save_pretrained writes it."
             )
         check_adapter(str(folder))
+    elif isinstance(config, OwnModelConfig):
+        return
     elif config.hub_id is None and config.architecture is None:
         raise ConfigError(
             f"model={config.name} says nowhere what to load; set model.path to a folder, "
@@ -64,23 +69,33 @@ def model_source(config: ModelConfig, stream: Stream, cache_dir: Path) -> str:
     """Where a model is loaded from: a folder or a name on the Hub."""
     if config.path is not None:
         return str(Path(config.path).expanduser())
+    if isinstance(config, OwnModelConfig):
+        return config.builder
     if config.architecture is not None:
         return str(generated_base(config, stream, cache_dir))
     assert config.hub_id is not None
     return config.hub_id
 
 
-def load_tokenizer(config: ModelConfig, source: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(config: ModelConfig, source: str, stream: Stream) -> PreTrainedTokenizerBase:
     """Loads a model's tokenizer, with a padding token.
+
+    Args:
+        config: The model's settings.
+        source: A folder or a name on the Hub.
+        stream: The text that one is trained on, if it is a model's own that has none.
 
     Raises:
         ConfigError: If it cannot be loaded.
     """
     from transformers import AutoTokenizer
 
-    if not (Path(source) / "tokenizer_config.json").is_file():
-        source = whole_source(source)
-    tokenizer = _loaded(AutoTokenizer, source, config)
+    if isinstance(config, OwnModelConfig):
+        tokenizer = own_tokenizer(config, stream)
+    else:
+        if not (Path(source) / "tokenizer_config.json").is_file():
+            source = whole_source(source)
+        tokenizer = _loaded(AutoTokenizer, source, config)
     if tokenizer.pad_token is None:
         # padding is masked everywhere, so that any token will do; the usual one is end-of-text
         tokenizer.pad_token = tokenizer.eos_token
@@ -94,8 +109,8 @@ def load_model(
     labels: int,
     quantization: QuantizationConfig = NOT_QUANTIZED,
     whole: Sequence[str] = (),
-) -> tuple[PreTrainedModel, list[str]]:
-    """Loads a base model.
+) -> tuple[torch.nn.Module, list[str]]:
+    """Loads or builds a base model.
 
     Args:
         config: The model's settings.
@@ -119,6 +134,8 @@ def load_model(
         AutoModelForSequenceClassification,
     )
 
+    if isinstance(config, OwnModelConfig):
+        return build_own(config, tokenizer, labels)
     source = whole_source(source)
     options: dict[str, Any] = {"dtype": _dtype(config.dtype), "output_loading_info": True}
     if config.attention is not None:

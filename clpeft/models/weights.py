@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clpeft.config import ModelConfig
-from clpeft.models.adapted import whole_source
+from clpeft.models.adapted import adapter_settings, whole_source
+from clpeft.models.own import OwnModelConfig
 
 # in the order in which transformers looks for them, and PEFT
 WHOLE = ("model.safetensors", "pytorch_model.bin")
@@ -20,26 +21,32 @@ ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 DIGITS = 16
 
 
-def base_digest(config: ModelConfig, source: str, cache_dir: Path) -> str:
+def base_digest(config: ModelConfig, model: nn.Module, source: str, cache_dir: Path) -> str:
     """What tells base models apart in results: their weights, wherever they lie.
 
-    A base that is built here is known by the fingerprint of its recipe, because another machine's
+    A base that is generated is known by the fingerprint of its recipe, because another machine's
     warm-up may differ in the last bits; any other by what its files hold.
 
     Args:
         config: The model's settings.
+        model: The base model, not adapted yet.
         source: The folder or the Hub's name; an adapter counts beside the base that it stands on.
         cache_dir: Digests of files are kept below it.
     """
     if config.path is None and config.architecture is not None:
         return Path(source).name
-    whole = whole_source(source)
-    files = list(_weights_files(whole, WHOLE, config.revision))
-    if not files:  # in a format of its own
-        return f"{source}@{config.revision}" if config.revision else source
-    files += [] if whole == source else _weights_files(source, ADAPTER, None)
-    digests = "".join(_file_digest(path, cache_dir / "digests") for path in files)
-    return hashlib.sha256(digests.encode()).hexdigest()[:DIGITS]
+    files: list[Path] = []
+    if adapter_settings(source) is not None:
+        files += _weights_files(source, ADAPTER, None)
+    known = ""
+    if isinstance(config, OwnModelConfig):  # whose weights come from wherever its function says
+        known = weights_digest(dict([*model.named_parameters(), *model.named_buffers()]))
+    elif whole := [*_weights_files(whole_source(source), WHOLE, config.revision)]:
+        files = whole + files
+    else:  # in a format of its own
+        known = f"{source}@{config.revision}"
+    known += "".join(_file_digest(path, cache_dir / "digests") for path in files)
+    return hashlib.sha256(known.encode()).hexdigest()[:DIGITS]
 
 
 def weights_digest(parameters: Mapping[str, Tensor]) -> str:

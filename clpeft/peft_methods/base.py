@@ -12,8 +12,7 @@ from clpeft.registry import PEFT_METHODS
 from clpeft.strategies.base import Strategy
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
+    from torch import nn
 
 PEFT_TASK_TYPES = {
     "sequence_classification": "SEQ_CLS",
@@ -40,6 +39,7 @@ class PeftMethodConfig:
     quantized_reason: ClassVar[str] = "needs dense base weights"  # why not
     supports_gradient_checkpointing: ClassVar[bool] = True
     gradient_checkpointing_reason: ClassVar[str] = ""  # why not
+    supports_own_models: ClassVar[bool] = True  # that are no models of transformers
     companion: ClassVar[type[Strategy] | None] = None
 
     @property
@@ -65,9 +65,17 @@ class PeftMethodConfig:
         """
 
 
-def apply_peft(
-    model: PreTrainedModel, config: Any, task_type: str, new: Sequence[str]
-) -> PreTrainedModel | PeftModel:
+def peft_task(model: nn.Module, task_type: str) -> str | None:
+    """PEFT's name of a task; None for a model that is not of transformers.
+
+    What PEFT adds to a model by its task, such as `generate`, leans on what those have.
+    """
+    from transformers import PreTrainedModel
+
+    return PEFT_TASK_TYPES[task_type] if isinstance(model, PreTrainedModel) else None
+
+
+def apply_peft(model: nn.Module, config: Any, task_type: str, new: Sequence[str]) -> nn.Module:
     """Puts the adapter on a model; leaves trainable just what the method trains.
 
     Args:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from clpeft.config import ConfigError, nearest
 from clpeft.models.targets import find_targets
-from clpeft.peft_methods.base import PEFT_TASK_TYPES
+from clpeft.peft_methods.base import peft_task
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -46,14 +46,15 @@ def wrap(
 
     if target is not None:
         options["target_modules"] = find_targets(model, target, new)
-    whole = [path for path in new if not HEADS & set(path.split("."))]
+    task = peft_task(model, task_type)
+    whole = [path for path in new if task is None or not HEADS & set(path.split("."))]
     asked = {
         "modules_to_save": [*(options.pop("modules_to_save", None) or []), *whole] or None,
         "fan_in_fan_out": any(isinstance(module, Conv1D) for module in model.modules()),
     }
     fields = {field.name for field in dataclasses.fields(config_class)}
     known = {name: value for name, value in asked.items() if name in fields}
-    config = config_class(task_type=PEFT_TASK_TYPES[task_type], **known, **options)
+    config = config_class(task_type=task, **known, **options)
     try:
         return get_peft_model(model, config)
     except (ValueError, TypeError) as error:

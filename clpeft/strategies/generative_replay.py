@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from clpeft.config import ConfigError, above, at_least
+from clpeft.config import Config, ConfigError, above, at_least
 from clpeft.models.load import positions
+from clpeft.models.own import require
 from clpeft.registry import STRATEGIES
 from clpeft.strategies.arrow import from_bytes, to_bytes
 from clpeft.strategies.base import Evidence, Strategy, StrategyConfig
@@ -79,6 +80,9 @@ class GenerativeReplay(Strategy):
     rehearses = True
     name = "generative_replay"
     term = "lm"
+
+    def check(self, config: Config) -> None:
+        require(config, "generate", f"strategy={self.name}")
 
     def setup(self, run: Run) -> None:
         stream = run.stream

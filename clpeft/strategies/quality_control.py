@@ -13,6 +13,7 @@ import torch
 from omegaconf import MISSING
 
 from clpeft.config import Config, ConfigError, above, at_least, between
+from clpeft.models.own import require
 from clpeft.registry import STRATEGIES
 from clpeft.strategies import readings
 from clpeft.strategies.base import Evidence, Strategy, StrategyConfig
@@ -118,6 +119,8 @@ class QualityControl(Strategy):
                 f"example, but {early[0]} remembers a task's examples before the model has learned "
                 f"the task; set it to null, or use replay, which remembers them afterwards."
             )
+        if self.config.min_distance is not None:
+            require(config, "hidden_states", "strategies.quality_control.min_distance")
         low, high = self.config.min_tokens, self.config.max_tokens
         if low is not None and high is not None and low > high:
             raise ConfigError(
