@@ -24,7 +24,7 @@ from clpeft.models.own import OwnModelConfig, build_own, own_tokenizer
 from clpeft.models.quantize import QuantizationConfig, kept_whole, number_of_weights, prepare
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from clpeft.streams.base import Stream
 
@@ -77,7 +77,9 @@ def model_source(config: ModelConfig, stream: Stream, cache_dir: Path) -> str:
     return config.hub_id
 
 
-def load_tokenizer(config: ModelConfig, source: str, stream: Stream) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    config: ModelConfig, source: str, stream: Stream | None = None
+) -> PreTrainedTokenizerBase:
     """Loads a model's tokenizer, with a padding token.
 
     Args:
@@ -91,6 +93,7 @@ def load_tokenizer(config: ModelConfig, source: str, stream: Stream) -> PreTrain
     from transformers import AutoTokenizer
 
     if isinstance(config, OwnModelConfig):
+        assert stream is not None
         tokenizer = own_tokenizer(config, stream)
     else:
         if not (Path(source) / "tokenizer_config.json").is_file():

@@ -120,10 +120,10 @@ def _four_bit_layers(model: nn.Module) -> Iterator[Any]:
     return (module for module in model.modules() if type(module).__name__ == "Linear4bit")
 
 
-def number_of_weights(parameter: nn.Parameter) -> int:
+def number_of_weights(parameter: Any) -> int:
     """How many weights a parameter stands for: of one in 4 bits two to each entry."""
     if type(parameter).__name__ == "Params4bit":
-        return parameter.quant_state.shape.numel()  # type: ignore[union-attr]
+        return parameter.quant_state.shape.numel()
     return parameter.numel()
 
 
