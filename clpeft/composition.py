@@ -298,6 +298,12 @@ def _check_peft(config: Config) -> None:
             f"peft.bias={peft.bias} trains biases of the base, whose number format quantization="
             f"{config.quantization.method} decides; set peft.bias=none."
         )
+    for name in config.strategies:
+        if name in peft.conflicts:
+            raise ConfigError(
+                f"The strategy '{name}' does not work with peft={peft.kind}: "
+                f"{peft.conflicts[name]}."
+            )
     peft.check()
 
 

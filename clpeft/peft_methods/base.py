@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -41,6 +41,8 @@ class PeftMethodConfig:
     gradient_checkpointing_reason: ClassVar[str] = ""  # why not
     supports_own_models: ClassVar[bool] = True  # that are no models of transformers
     companion: ClassVar[type[Strategy] | None] = None
+    # Strategies it cannot be combined with: name -> the reason, as the end of a sentence.
+    conflicts: ClassVar[Mapping[str, str]] = {}
 
     @property
     def kind(self) -> str:

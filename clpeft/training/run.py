@@ -331,15 +331,19 @@ class Run:
             One float32 tensor per entry of `trainable`, in its order; zeros where unused, and
             all zeros if any overflowed in fp16.
         """
-        parameters = list(self.trainable.values())
+        # a PEFT method may let only some of them train at a time
+        training = {name: p for name, p in self.trainable.items() if p.requires_grad}
         scaler = self.accelerator.scaler
         # fp16 gradients are scaled for the same reason that the loop's are: not to underflow
         scale = scaler.get_scale() if scaler is not None else 1.0
         loss = self.mean_loss(batch)
-        found = torch.autograd.grad(loss * scale, parameters, allow_unused=True)
+        found = torch.autograd.grad(loss * scale, list(training.values()), allow_unused=True)
+        by_name = dict(zip(training, found, strict=True))
         gradients = [
             torch.zeros_like(p, dtype=torch.float32) if g is None else g.float() / scale
-            for p, g in zip(parameters, found, strict=True)
+            for p, g in zip(
+                self.trainable.values(), map(by_name.get, self.trainable), strict=True
+            )
         ]
         gradients = self.sum_gradients(gradients)
         if scaler is None:
@@ -350,11 +354,21 @@ class Run:
         return [torch.where(finite, g, torch.zeros_like(g)) for g in gradients]
 
     def filled_gradients(self) -> list[Tensor]:
-        """`.grad` of every entry of `trainable`, in its order; one that has none gets zeros."""
-        for parameter in self.trainable.values():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        return [p.grad for p in self.trainable.values() if p.grad is not None]
+        """`.grad` of every entry of `trainable`, in its order; one that has none gets zeros.
+
+        Zeros of a parameter that is not to train in this step are not its `.grad`: what is made of
+        them leads nowhere.
+        """
+        return [self._filled_gradient(parameter) for parameter in self.trainable.values()]
+
+    @staticmethod
+    def _filled_gradient(parameter: nn.Parameter) -> Tensor:
+        if parameter.grad is not None:
+            return parameter.grad
+        zeros = torch.zeros_like(parameter)
+        if parameter.requires_grad:
+            parameter.grad = zeros
+        return zeros
 
     @contextmanager
     def eval_mode(self) -> Iterator[None]:
