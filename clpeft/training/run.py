@@ -341,9 +341,7 @@ class Run:
         by_name = dict(zip(training, found, strict=True))
         gradients = [
             torch.zeros_like(p, dtype=torch.float32) if g is None else g.float() / scale
-            for p, g in zip(
-                self.trainable.values(), map(by_name.get, self.trainable), strict=True
-            )
+            for p, g in zip(self.trainable.values(), map(by_name.get, self.trainable), strict=True)
         ]
         gradients = self.sum_gradients(gradients)
         if scaler is None:

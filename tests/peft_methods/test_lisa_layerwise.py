@@ -36,8 +36,8 @@ from clpeft.peft_methods.lisa_layerwise import (
     drawn_layers,
 )
 from clpeft.strategies.base import Strategy
-from clpeft.strategies.fisher import fisher_diagonal
 from clpeft.strategies.finetune import Finetune
+from clpeft.strategies.fisher import fisher_diagonal
 from clpeft.strategies.si import SI
 from clpeft.training.loop import Loop
 from clpeft.training.run import Run
@@ -488,7 +488,7 @@ def test_checkpoint_is_the_whole_model_and_no_adapter_is_written(
     outcome = run_it(turns("finetune"), tmp_path)
     saved = outcome.state(2)["parameters"]
 
-    assert same_bits(saved, {name: p for name, p in outcome.after.items()})
+    assert same_bits(saved, dict(outcome.after.items()))
     assert not (outcome.directory / "adapters").exists()
     assert outcome.results["peft"] == "lisa_layerwise"
 

@@ -1,0 +1,7 @@
+"""PEFT methods of our own: once this is imported, PEFT loads their adapters as any other's."""
+
+from __future__ import annotations
+
+from clpeft.tuners.bottleneck import BottleneckConfig, BottleneckModel
+
+__all__ = ["BottleneckConfig", "BottleneckModel"]
