@@ -204,9 +204,13 @@ PEFT_SETTINGS: dict[str, PeftSetting] = {
         ("peft.type=VBLORA", "peft.options={vector_length:8,num_vectors:16,topk:2}")
     ),
     "boft": PeftSetting(),
+    "bottleneck": PeftSetting(("peft.placement=pfeiffer", "peft.bottleneck=3")),
     "frozen": PeftSetting(models=("tiny_bert",)),
     "full": PeftSetting(("optimizer.lr=1e-3",)),
     "ia3": PeftSetting(),
+    "lisa_layerwise": PeftSetting(
+        ("peft.active_layers=1", "peft.every=3", "optimizer.lr=1e-3"),
+    ),
     "lora": PeftSetting(
         ("peft.r=8", "peft.alpha=16", "peft.target=auto", "peft.dropout=0.1"),
     ),

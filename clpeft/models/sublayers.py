@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from clpeft.config import ConfigError
-from clpeft.models.targets import linear_modules
+from clpeft.models.targets import head_paths, linear_paths
 
 if TYPE_CHECKING:
     from torch import nn
@@ -74,7 +74,7 @@ def find_sublayers(model: nn.Module, placement: str) -> list[str]:
     from transformers import PreTrainedModel
 
     model_type = model.config.model_type if isinstance(model, PreTrainedModel) else None
-    linear = [path for paths in linear_modules(model).values() for path in paths]
+    linear = linear_paths(model, head_paths(model))
     for names in SUBLAYERS:
         if names.model_types is not None and model_type not in names.model_types:
             continue
@@ -86,7 +86,7 @@ def find_sublayers(model: nn.Module, placement: str) -> list[str]:
                 return attention + feed_forward
             paths = [path for path, _ in model.named_modules()]
             return (_ending_in(names.norm, paths) if names.norm else []) or feed_forward
-    present = sorted(linear_modules(model))
+    present = sorted({path.rpartition(".")[2] for path in linear})
     raise ConfigError(
         f"peft.target=auto does not know where attention and the feed-forward end in "
         f"{type(model).__name__}; name their output projections in peft.target, among its linear "

@@ -11,8 +11,8 @@ from omegaconf import MISSING
 from clpeft.config import ConfigError, above, at_least, between, one_of
 from clpeft.models.sublayers import find_sublayers
 from clpeft.models.targets import find_targets
-from clpeft.peft_methods.base import PEFT_TASK_TYPES, PeftMethodConfig
-from clpeft.peft_methods.lora import HEADS
+from clpeft.peft_methods.base import PeftMethodConfig
+from clpeft.peft_methods.wrap import wrap
 from clpeft.registry import PEFT_METHODS
 
 if TYPE_CHECKING:
@@ -58,23 +58,20 @@ def apply_bottleneck(
     Source: Houlsby et al. 2019, Parameter-Efficient Transfer Learning for NLP; Pfeiffer et al.
         2021, AdapterFusion: Non-Destructive Task Composition for Transfer Learning.
     """
-    from peft import get_peft_model
-
     from clpeft.tuners import BottleneckConfig
 
-    saved = [path for path in new if not HEADS & set(path.split("."))]
-    return get_peft_model(
+    return wrap(
         model,
-        BottleneckConfig(
-            task_type=PEFT_TASK_TYPES[task_type],
-            target_modules=[path for path in _targets(model, config) if path not in new],
-            modules_to_save=[*(config.modules_to_save or []), *saved] or None,
-            width=config.bottleneck,
-            reduction_factor=config.reduction_factor,
-            activation=config.activation,
-            dropout=config.dropout,
-            scaling=config.scaling,
-        ),
+        BottleneckConfig,
+        task_type,
+        new,
+        target_modules=[path for path in _targets(model, config) if path not in new],
+        modules_to_save=config.modules_to_save,
+        width=config.bottleneck,
+        reduction_factor=config.reduction_factor,
+        activation=config.activation,
+        dropout=config.dropout,
+        scaling=config.scaling,
     )
 
 

@@ -46,32 +46,10 @@ class BottleneckConfig(PeftConfig):
         self.peft_type = BOTTLENECK
 
 
-class Bottleneck(nn.Module):
-    """s · dropout(W_up σ(W_down x + b_down) + b_up), which is 0 before training.
-
-    Args:
-        size: Of x and of what comes out.
-        config: The adapter's settings.
-    """
-
-    def __init__(self, size: int, config: BottleneckConfig) -> None:
-        super().__init__()
-        width = config.width or max(1, int(size / config.reduction_factor))
-        self.down = nn.Linear(size, width)
-        self.activation = ACTIVATIONS[config.activation]()
-        self.up = nn.Linear(width, size)
-        self.dropout = nn.Dropout(config.dropout)
-        self.scaling = config.scaling
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., size] to [..., size]."""
-        return self.scaling * self.dropout(self.up(self.activation(self.down(x))))
-
-
 class BottleneckLayer(nn.Module, BaseTunerLayer):
-    """A frozen layer with adapters, of which the active ones act, one after another.
+    """A frozen layer with adapters f(h) = s · dropout(W_up σ(W_down h + b_down) + b_up).
+
+    W_up and b_up are 0 before training. The active adapters act one after another.
 
     Args:
         base_layer: A linear layer h = W x + b, whose output becomes h + f(h); or a norm, which is
@@ -80,12 +58,24 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         config: Its settings.
     """
 
-    adapter_layer_names = ("bottleneck_adapters",)
+    adapter_layer_names = ("bottleneck_down", "bottleneck_up")
+    other_param_names = ("activation", "dropout", "scaling")
+
+    # what it has of PEFT, which knows no types
+    active_adapters: list[str]
+    disable_adapters: bool
+    set_adapter: Any
+    _cast_input_dtype: Any
+    _move_adapter_to_device_of_base_layer: Any
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: BottleneckConfig) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.bottleneck_adapters = nn.ModuleDict()
+        self.bottleneck_down = nn.ModuleDict()
+        self.bottleneck_up = nn.ModuleDict()
+        self.activation = nn.ModuleDict()
+        self.dropout = nn.ModuleDict()
+        self.scaling: dict[str, float] = {}
         self._size = output_size(base_layer)
         self._behind_norm = not isinstance(base_layer, nn.Linear | Conv1D)
         self._active_adapter = adapter_name
@@ -95,7 +85,15 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: BottleneckConfig) -> None:
         """Adds an adapter."""
-        self.bottleneck_adapters[adapter_name] = Bottleneck(self._size, config)
+        width = config.width or max(1, int(self._size / config.reduction_factor))
+        up = nn.Linear(width, self._size)
+        nn.init.zeros_(up.weight)
+        nn.init.zeros_(up.bias)
+        self.bottleneck_down[adapter_name] = nn.Linear(self._size, width)
+        self.bottleneck_up[adapter_name] = up
+        self.activation[adapter_name] = ACTIVATIONS[config.activation]()
+        self.dropout[adapter_name] = nn.Dropout(config.dropout)
+        self.scaling[adapter_name] = config.scaling
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -104,21 +102,24 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters:
             return result
         for name in self.active_adapters:
-            if name in self.bottleneck_adapters:
-                added = self._added(name, result)
-                if self._behind_norm:
-                    x = x + added.to(x.dtype)
-                    result = self.base_layer(x, *args, **kwargs)
-                else:
-                    result = result + added.to(result.dtype)
+            if name not in self.bottleneck_down:
+                continue
+            added = self._added(name, result)
+            if self._behind_norm:
+                x = x + added.to(x.dtype)
+                result = self.base_layer(x, *args, **kwargs)
+            else:
+                result = result + added.to(result.dtype)
         return result
 
     def _added(self, name: str, read: Tensor) -> Tensor:
-        adapter: Any = self.bottleneck_adapters[name]
-        return adapter(self._cast_input_dtype(read, adapter.down.weight.dtype))
+        """f(h) of one adapter, in its own precision."""
+        down, up = self.bottleneck_down[name], self.bottleneck_up[name]
+        read = self._cast_input_dtype(read, up.weight.dtype)
+        return self.scaling[name] * self.dropout[name](up(self.activation[name](down(read))))
 
 
-def output_size(layer: nn.Module) -> int:
+def output_size(layer: Any) -> int:
     """How many numbers a linear layer or a norm gives for each token.
 
     Raises:

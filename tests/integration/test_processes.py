@@ -202,6 +202,24 @@ def test_process_that_nothing_drawn_is_left_for(
             assert event[key] == pytest.approx(other[key], rel=2e-3, abs=1e-5), key
 
 
+@pytest.mark.parametrize("name", ["finetune", "agem+ewc"])
+def test_layers_that_take_turns(tiny: Overrides, tmp_path: Path, name: str) -> None:
+    """Processes switch to the same layers, and do not wait for the gradients of the others."""
+    overrides = [
+        *(o for o in tiny(name, *COMPARABLE) if not o.startswith("peft.")),
+        *("peft=lisa_layerwise", "peft.active_layers=1", "peft.every=3", "optimizer.lr=0.02"),
+        "training.gradient_accumulation=2",
+    ]
+    one = run_it(overrides, tmp_path / "one")
+    first, second = together(overrides, tmp_path / "two")
+
+    for parameter, value in one.after.items():
+        assert torch.equal(first["weights"][parameter], second["weights"][parameter])
+        torch.testing.assert_close(first["weights"][parameter], value, rtol=1e-3, atol=1e-5)
+    results = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert results["matrix"] == one.results["matrix"]
+
+
 @pytest.mark.parametrize("teacher", ["cached", "live"])
 def test_distillation_is_divided_by_the_targets_of_all_processes(
     finished: Finished, tiny: Overrides, tmp_path: Path, teacher: str

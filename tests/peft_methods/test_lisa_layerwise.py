@@ -488,7 +488,7 @@ def test_checkpoint_is_the_whole_model_and_no_adapter_is_written(
     outcome = run_it(turns("finetune"), tmp_path)
     saved = outcome.state(2)["parameters"]
 
-    assert same_bits(saved, dict(outcome.after.items()))
+    assert same_bits(saved, outcome.after)
     assert not (outcome.directory / "adapters").exists()
     assert outcome.results["peft"] == "lisa_layerwise"
 

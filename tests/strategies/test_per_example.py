@@ -21,6 +21,9 @@ from tests.running import compose
 Overrides = Callable[..., list[str]]
 
 
+# PEFT methods beside LoRA, with what they are told
+
+
 @pytest.fixture
 def run_of(tiny: Overrides, tmp_path: Path) -> Callable[..., Run]:
     """A run before its first step, its adapter moved off its start, where B is 0."""
@@ -69,7 +72,7 @@ def looped(run: Run, dataset: Any, kind: str) -> list[Tensor]:
     return [t / len(dataset) for t in total]
 
 
-@pytest.mark.parametrize("peft", ["lora", "full"])
+@pytest.mark.parametrize("peft", ["lora", "full", "bottleneck"])
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_bert", "tiny_t5"])
 def test_batches_give_what_a_loop_over_examples_gives(
     run_of: Callable[..., Run], model: str, peft: str
@@ -90,8 +93,9 @@ def test_batches_give_what_a_loop_over_examples_gives(
 
 def test_linear_layers_and_norms_need_no_batches_of_one(run_of: Callable[..., Run]) -> None:
     for model in ("tiny_llama", "tiny_bert", "tiny_t5"):
-        run = run_of(model, "lora")
-        assert PerExample(run.model, run.trainable).single == []
+        for peft in ("lora", "bottleneck"):
+            run = run_of(model, peft)
+            assert PerExample(run.model, run.trainable).single == []
     # tables of distances are read once for a whole batch
     for model, tables in (
         ("tiny_llama", []),
