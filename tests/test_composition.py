@@ -21,7 +21,7 @@ from clpeft.registry import STRATEGIES, Entry
 from clpeft.strategies.base import Strategy, StrategyConfig
 from clpeft.streams.base import check_stream
 from tests.running import compose, compose_only
-from tests.settings import models_of, scenarios_of, side_by_side
+from tests.settings import PEFT_SETTINGS, base_of, models_of, scenarios_of, side_by_side
 
 
 def refusal(*overrides: str) -> str:
@@ -101,7 +101,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
         "model=tiny_lama does not exist. Did you mean 'tiny_llama'",
     ),
     "unknown stream": (("stream=toyy",), "stream=toyy does not exist. Did you mean 'toy'?"),
-    "unknown PEFT method": (("peft=lorra",), "peft=lorra does not exist. Did you mean 'lora'?"),
+    "unknown PEFT method": (("peft=lorra",), "peft=lorra does not exist. Did you mean 'lora'"),
     "unknown preset": (("experiment=nosuch",), "experiment=nosuch does not exist."),
     "unknown method by key": (("peft.method=lorra",), "peft.method=lorra does not exist."),
     "unknown kind by key": (("stream.kind=toyy",), "stream.kind=toyy does not exist."),
@@ -129,6 +129,40 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "a PEFT method that a strategy cannot work with": (
         ("strategy=olora", "peft=full"),
         "The strategy 'olora' does not work with peft=full; it works with peft=lora.",
+    ),
+    "a PEFT method that has no head to train": (
+        ("peft=frozen",),
+        "peft=frozen does not work with model.task_type=causal_lm, because a language model has no "
+        "head that is new to train; it works with sequence_classification.",
+    ),
+    "PEFT type that is missing": (("peft=any",), "peft.type has no value yet and needs one."),
+    "PEFT type that does not exist": (
+        ("peft=any", "peft.type=LOHHA"),
+        "peft.type=LOHHA does not exist. Did you mean 'LOHA'",
+    ),
+    "unknown option of a PEFT type": (
+        ("peft=any", "peft.type=LOHA", "peft.options={rank:3}"),
+        "peft.options.rank does not exist: PEFT's LOHA has no such field. Did you mean 'rank_",
+    ),
+    "option beside those of a file": (
+        ("peft=vera", "peft.options.bias=all"),
+        "peft.options.bias adds an option to those that are set: write +peft.options.<name>=<va",
+    ),
+    "options beside those of a file": (
+        ("peft=vera", "peft.options={bias:all}"),
+        "peft.options adds an option to those that are set: write +peft.options.<name>=<value>.",
+    ),
+    "O-LoRA and ranks by module": (
+        ("strategy=olora", "peft.rank_pattern={q_proj:2}"),
+        "peft.rank_pattern does not work with strategy=olora",
+    ),
+    "O-LoRA and alphas by module": (
+        ("strategy=olora", "peft.alpha_pattern={q_proj:2}"),
+        "peft.alpha_pattern does not work with strategy=olora",
+    ),
+    "O-LoRA and other first weights": (
+        ("strategy=olora", "peft.init_lora_weights=gaussian"),
+        "peft.init_lora_weights=gaussian does not work with strategy=olora",
     ),
     "O-LoRA and DoRA": (
         ("strategy=olora", "peft.use_dora=true"),
@@ -320,6 +354,18 @@ def test_two_that_replace_forward_and_backward(registered: Callable[..., None]) 
     )
 
 
+def test_a_term_of_the_peft_methods_that_would_be_lost(registered: Callable[..., None]) -> None:
+    class Meta(Strategy):
+        def compute_gradients(self, run: Any, batch: Any) -> Any:
+            """Never called."""
+
+    registered(meta=Meta)
+
+    assert combined("meta", more=("peft=adalora",)).startswith(
+        "meta and peft=adalora cannot be combined: meta replaces forward and backward"
+    )
+
+
 @pytest.mark.parametrize(
     ("capability", "more", "told"),
     [
@@ -382,6 +428,18 @@ def test_model_in_shards(
     registered(sharded=type("Sharded", (Strategy,), able))
     more = ("training.gradient_accumulation=2",)
     assert "does not work with training.gradient_acc" in combined("sharded", more=more)
+
+
+def test_peft_method_in_shards(
+    registered: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registered(able=type("Able", (Strategy,), {"supports_sharding": frozenset({"fsdp2"})}))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+
+    assert combined("able", more=("peft=adalora",)).startswith(
+        "peft=adalora is not known to work with a model in shards (fsdp2 was asked for"
+    )
 
 
 def test_errors_of_other_kinds_are_not_explained() -> None:
@@ -460,6 +518,9 @@ def test_every_shipped_option_composes(group: str, name: str) -> None:
     fitting = []
     if group == "strategy":  # what it works with
         fitting = [f"model={models_of(*names)[0]}", f"stream.scenario={scenarios_of(*names)[0]}"]
+    if group == "peft":
+        (way, *_) = [way for way in PEFT_SETTINGS if base_of(way) == name]
+        fitting = [f"model={PEFT_SETTINGS[way].models[0]}", *PEFT_SETTINGS[way].overrides]
     chosen = f"[{','.join(names)}]" if len(names) > 1 else name
     if group == "experiment/tune":
         group, chosen = "experiment", f"tune/{name}"

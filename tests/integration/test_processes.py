@@ -121,12 +121,14 @@ def memory_rows(state: dict[str, Any]) -> list[float]:
     return [*memory["arrow"].tolist(), *memory["generator"].tolist(), *notes]
 
 
-@pytest.mark.parametrize("name", SEVERAL)
+@pytest.mark.parametrize(
+    ("name", "peft"), [*((name, "lora") for name in SEVERAL), ("finetune", "adalora")]
+)
 def test_two_processes_are_one(
-    finished: Finished, tiny: Overrides, tmp_path: Path, name: str
+    finished: Finished, tiny: Overrides, tmp_path: Path, name: str, peft: str
 ) -> None:
-    one = finished(name, *COMPARABLE)
-    ranks = together(tiny(name, *COMPARABLE), tmp_path)
+    one = finished(name, *COMPARABLE, peft=peft)
+    ranks = together(tiny(name, *COMPARABLE, peft=peft), tmp_path)
 
     first, second = ranks
     assert all(torch.equal(value, second["weights"][n]) for n, value in first["weights"].items())
