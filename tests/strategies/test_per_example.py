@@ -21,9 +21,6 @@ from tests.running import compose
 Overrides = Callable[..., list[str]]
 
 
-# PEFT methods beside LoRA, with what they are told
-
-
 @pytest.fixture
 def run_of(tiny: Overrides, tmp_path: Path) -> Callable[..., Run]:
     """A run before its first step, its adapter moved off its start, where B is 0."""
