@@ -47,16 +47,25 @@ def register_schemas() -> None:
     for registry in (STRATEGIES, PEFT_METHODS, STREAMS):
         for entry in registry:
             store.store(group=f"schema/{registry.kind}", name=entry.name, node=entry.config)
+<<<<<<< HEAD
     for name, schema in QUANTIZATIONS.items():
         store.store(group="schema/quantization", name=name, node=schema)
     shipped = resources.files("clpeft.conf") / "strategy"
+=======
+    shipped = resources.files("clpeft.conf")
+>>>>>>> c75a1aa (Tests: what minimal means needs both its layers, and what is saved is exact; a model may not take a shipped one's name)
     for entry in STRATEGIES:
         # a third party's strategy can be chosen without a YAML; its dataclass gives the values
-        if not (shipped / f"{entry.name}.yaml").is_file():
+        if not (shipped / "strategy" / f"{entry.name}.yaml").is_file():
             package = f"strategies.{entry.name}"
             store.store(group="strategy", name=entry.name, node=entry.config, package=package)
     for entry in MODELS:
         # nor does a model of one's own need one, which is known by the name it is registered under
+        if (shipped / "model" / f"{entry.name}.yaml").is_file():
+            raise ValueError(
+                f"The model '{entry.name}' of {entry.target.__module__} is called as one of "
+                f"clpeft's own; rename it."
+            )
         node = _own_model(entry)
         store.store(group="schema/model", name=entry.name, node=node)
         store.store(group="model", name=entry.name, node=node)

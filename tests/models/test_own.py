@@ -18,11 +18,11 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from clpeft.composition import settle
+from clpeft.composition import register_schemas, settle
 from clpeft.config import ConfigError
 from clpeft.models.own import OwnModelConfig, build_own, check_answers, check_forward, check_own
 from clpeft.models.targets import find_targets
-from clpeft.registry import MODELS
+from clpeft.registry import MODELS, Entry
 from clpeft.training.loop import Loop
 from tests.running import Outcome, build_it, compose_only, run_it, same_bits
 from tests.settings import TINY
@@ -248,6 +248,13 @@ def test_quantization_and_methods_for_transformers_are_refused(own: Own) -> None
         check_own(config)
 
 
+def test_the_name_of_a_shipped_model_is_taken(small_gpt: ModuleType) -> None:
+    entry = Entry("gpt2", small_gpt.small_gpt, small_gpt.SmallGPTConfig)
+    with mock.patch.dict(MODELS._entries, {"gpt2": entry}):
+        with pytest.raises(ValueError, match="The model 'gpt2' of small_gpt is called as one of"):
+            register_schemas()
+
+
 def test_free_answers_need_generation(own: Own) -> None:
     config = settle(compose_only(own("causal_lm")))
     labelled, free = (SimpleNamespace(name=str(n), labels=n) for n in (["a"], []))
@@ -336,7 +343,13 @@ def test_an_adapter_within_torch_s_own_layer_counts_in_evaluation() -> None:
     from clpeft.peft_methods.lora import LoraSettings
 
     settings = LoraSettings(
-        method="lora", r=2, alpha=64, dropout=0.0, target="all-linear", bias="none"
+        method="lora",
+        r=2,
+        alpha=64,
+        dropout=0.0,
+        target="all-linear",
+        bias="none",
+        init_lora_weights="default",
     )
     base, new = odd(Encoder(), task_type="sequence_classification", head=["answer"])
     assert find_targets(base, "all-linear", new) == ["linear1", "linear2"]

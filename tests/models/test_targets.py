@@ -159,7 +159,14 @@ TASK_TYPES = {
 
 def settings(target: Any) -> LoraSettings:
     return LoraSettings(
-        method="lora", r=2, alpha=4, dropout=0.0, target=target, bias="none", modules_to_save=None
+        method="lora",
+        r=2,
+        alpha=4,
+        dropout=0.0,
+        target=target,
+        bias="none",
+        init_lora_weights="default",
+        modules_to_save=None,
     )
 
 
@@ -330,6 +337,20 @@ def test_of_an_unknown_architecture_names_are_asked_for() -> None:
     # torch's attention multiplies by its output's weight without calling the layer
     with pytest.raises(ConfigError, match="'out_proj', which in Unknown is a NonDynamically"):
         find_targets(Unknown(), ["out_proj"])
+
+
+class LatentAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.kv_b_proj = nn.Linear(4, 4), nn.Linear(4, 4)
+
+
+def test_a_query_without_the_value_beside_it_is_not_what_minimal_means() -> None:
+    model = nn.ModuleDict({"attention": LatentAttention()})
+
+    with pytest.raises(ConfigError, match="finds nothing in ModuleDict"):
+        find_targets(model, "minimal")
+    assert find_targets(model, "attention") == ["kv_b_proj", "q_proj"]
 
 
 def test_paths_that_peft_cannot_tell_apart_are_refused() -> None:

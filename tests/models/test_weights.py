@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from clpeft.config import ModelConfig
@@ -64,7 +65,7 @@ def base(bases: Callable[[str], Path], tmp_path: Path) -> Path:
 
 
 def known(folder: Path, tmp_path: Path) -> str:
-    return base_digest(config(folder), str(folder), tmp_path / "cache")
+    return base_digest(config(folder), nn.Identity(), str(folder), tmp_path / "cache")
 
 
 def change(folder: Path) -> None:
@@ -139,13 +140,17 @@ def test_the_format_that_is_loaded_counts(base: Path, tmp_path: Path) -> None:
 def test_a_base_that_is_built_here_is_known_by_its_recipe(tmp_path: Path) -> None:
     built = config(None, architecture={"model_type": "llama"})
 
-    assert base_digest(built, "/cache/bases/tiny_llama-0123", tmp_path) == "tiny_llama-0123"
+    assert (
+        base_digest(built, nn.Identity(), "/cache/bases/tiny_llama-0123", tmp_path)
+        == "tiny_llama-0123"
+    )
 
 
 def test_weights_that_cannot_be_found_are_known_by_their_name(tmp_path: Path) -> None:
     named = config(None, hub_id="org/model", revision="v2")
+    expected = hashlib.sha256(b"org/model@v2").hexdigest()[:16]
 
-    assert base_digest(named, "org/model", tmp_path) == "org/model@v2"
+    assert base_digest(named, nn.Identity(), "org/model", tmp_path) == expected
 
 
 def test_an_adapter_counts_beside_its_base(base: Path, tmp_path: Path) -> None:

@@ -83,6 +83,9 @@ def test_new_layers_get_no_adapter_of_their_own() -> None:
     # six linear layers in each of two blocks
     assert len(adapted) == 12
     assert not any("pooler" in name or "classifier" in name for name in adapted)
+    # as it is saved: names that do not reach them
+    names = {"intermediate.dense", "key", "output.dense", "query", "value"}
+    assert model.peft_config["default"].target_modules == names
 
 
 def test_modules_that_the_user_names_train_whole() -> None:
