@@ -47,13 +47,9 @@ def register_schemas() -> None:
     for registry in (STRATEGIES, PEFT_METHODS, STREAMS):
         for entry in registry:
             store.store(group=f"schema/{registry.kind}", name=entry.name, node=entry.config)
-<<<<<<< HEAD
     for name, schema in QUANTIZATIONS.items():
         store.store(group="schema/quantization", name=name, node=schema)
-    shipped = resources.files("clpeft.conf") / "strategy"
-=======
     shipped = resources.files("clpeft.conf")
->>>>>>> c75a1aa (Tests: what minimal means needs both its layers, and what is saved is exact; a model may not take a shipped one's name)
     for entry in STRATEGIES:
         # a third party's strategy can be chosen without a YAML; its dataclass gives the values
         if not (shipped / "strategy" / f"{entry.name}.yaml").is_file():
