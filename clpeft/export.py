@@ -123,9 +123,9 @@ def _check_mergeable(models: Models, adapter: Path) -> None:
     from clpeft.registry import PEFT_METHODS
 
     serving = models.serving
-    if serving.quantization != "none":
+    if (method := serving.quantization["method"]) != "none":
         raise ConfigError(
-            f"The run's base is quantized ({serving.quantization}): merging would round its "
+            f"The run's base is quantized ({method}): merging would round its "
             f"weights once more, and the errors would add up. Export the adapter without --merge."
         )
     PEFT_METHODS.discover()  # some register a type of adapter with PEFT

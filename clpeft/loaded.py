@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from clpeft.config import ConfigError, ModelConfig
+from clpeft.config import ConfigError, ModelConfig, RunError
 from clpeft.evaluation.answers import Batchwise, classified, ranked, written
 from clpeft.evaluation.generation import exact_match
 from clpeft.models.load import load_model, load_tokenizer, make_objective
@@ -288,7 +289,13 @@ def _adapted(model: PreTrainedModel | PeftModel, paths: dict[int, Path]) -> Peft
 
     PEFT_METHODS.discover()  # some register a type of adapter with PEFT
     (first, folder), *others = paths.items()
-    adapted = PeftModel.from_pretrained(model, folder, adapter_name=adapter_name(first))
+    try:
+        with warnings.catch_warnings():
+            # PEFT goes on with an adapter that lacks weights, which answers, and wrongly
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            adapted = PeftModel.from_pretrained(model, folder, adapter_name=adapter_name(first))
+    except UserWarning as warning:
+        raise RunError(f"The adapter in {folder} is not whole: {warning}") from warning
     for number, folder in others:
         try:
             adapted.load_adapter(folder, adapter_name(number))

@@ -42,7 +42,7 @@ class Serving:
     run: str
     peft: str
     adapts: bool
-    quantization: str
+    quantization: dict[str, Any]
     model: dict[str, Any]
     base_digest: str | None
     tokenizer: str
@@ -79,7 +79,7 @@ def record_serving(run: Run, name: str, task_id_given: bool) -> None:
         run=name,
         peft=config.peft.kind,
         adapts=isinstance(run.model, PeftModel),
-        quantization=config.quantization.method,
+        quantization=asdict(config.quantization),
         model=asdict(model),
         base_digest=digest,
         tokenizer=tokenizer_fingerprint(run.tokenizer),

@@ -282,7 +282,7 @@ def test_base_that_has_moved(copied: Path, finished: Finished, tmp_path: Path) -
 
 def test_quantized_base_is_not_merged_into(copied: Path) -> None:
     facts = json.loads((copied / "serving.json").read_text())
-    (copied / "serving.json").write_text(json.dumps(facts | {"quantization": "nf4"}))
+    (copied / "serving.json").write_text(json.dumps(facts | {"quantization": {"method": "nf4"}}))
 
     with pytest.raises(
         ConfigError, match=r"base is quantized \(nf4\): merging would round its wei"

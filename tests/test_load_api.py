@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import clpeft
-from clpeft.config import ConfigError
+from clpeft.config import ConfigError, RunError
 from clpeft.evaluation.generation import rouge_l
 from clpeft.loaded import Loaded, adapter_name
 from clpeft.training.checkpoint import trained_checkpoints
@@ -295,6 +296,17 @@ def test_biases_are_not_loaded_together(finished: Finished) -> None:
     assert clpeft.load(directory, 1).number == 1
     with pytest.raises(ConfigError, match=r"supports only 1 adapter with bias.*one task at a time"):
         clpeft.load(directory, "all")
+
+
+def test_an_adapter_without_some_of_its_weights_is_refused(copied: Path) -> None:
+    path = copied / "adapters" / "3_coleford" / "adapter_model.safetensors"
+    weights = load_file(path)
+    lost = next(name for name in weights if "lora_B" in name)
+    save_file({name: weights[name] for name in weights if name != lost}, path)
+
+    assert clpeft.load(copied, 2).number == 2
+    with pytest.raises(RunError, match=rf"3_coleford is not whole: .*{lost.split('.weight')[0]}"):
+        clpeft.load(copied)
 
 
 # The base model.
