@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import (
@@ -129,7 +130,10 @@ def apply_any(
     if config.type == "BOFT" and options.get("boft_n_butterfly_factor", 1) > 1:
         _check_butterflies()
     kind = config_class(config.type)
-    adapted = wrap(model, kind, task_type, new, target=config.target, **options)
+    with warnings.catch_warnings():
+        # PEFT misses BOFT's CUDA extension, which one butterfly factor has no use for
+        warnings.filterwarnings("ignore", "Failed to load the CUDA extension|Setting boft_n_")
+        adapted = wrap(model, kind, task_type, new, target=config.target, **options)
     trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
     if all(".modules_to_save." in name for name in trained):
         raise ConfigError(
