@@ -209,7 +209,7 @@ PEFT_SETTINGS: dict[str, PeftSetting] = {
     "full": PeftSetting(("optimizer.lr=1e-3",)),
     "ia3": PeftSetting(),
     "lisa_layerwise": PeftSetting(
-        ("peft.active_layers=1", "peft.every=3", "optimizer.lr=1e-3"),
+        ("peft.active_layers=1", "peft.every=2", "optimizer.lr=1e-3"),
     ),
     "lora": PeftSetting(
         ("peft.r=8", "peft.alpha=16", "peft.target=auto", "peft.dropout=0.1"),
