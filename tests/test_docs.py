@@ -210,6 +210,9 @@ def test_every_declared_conflict_is_in_the_docs() -> None:
         if entry.target.peft_types is not None:
             known = " or ".join(f"`{kind}`" for kind in sorted(entry.target.peft_types))
             assert f"`{entry.name}` with `peft=` other than {known}" in told
+    for method in PEFT_METHODS:
+        for strategy, reason in method.config.conflicts.items():
+            assert f"| `{strategy}` with `peft={method.name}` | {reason} |" in told
 
 
 def test_table_of_capabilities_is_the_strategies_own() -> None:

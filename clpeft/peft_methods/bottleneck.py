@@ -65,7 +65,7 @@ def apply_bottleneck(
         BottleneckConfig,
         task_type,
         new,
-        target_modules=[path for path in _targets(model, config) if path not in new],
+        target_modules=_targets(model, config),
         modules_to_save=config.modules_to_save,
         width=config.bottleneck,
         reduction_factor=config.reduction_factor,

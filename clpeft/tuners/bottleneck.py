@@ -168,8 +168,6 @@ class BottleneckModel(BaseTuner):
             target.update_layer(adapter_name, peft_config)
             return
         layer = BottleneckLayer(target, adapter_name, peft_config)
-        if adapter_name not in self.active_adapters:  # one more adapter does not train by itself
-            layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
     def _check_merge_allowed(self) -> None:

@@ -190,6 +190,17 @@ def test_modules_that_are_named() -> None:
     assert sum(".bottleneck_up.default.weight" in name for name in training(model)) == 2 * 3
 
 
+def test_heads_of_several_layers_have_no_adapter() -> None:
+    config = AutoConfig.for_model("roberta", **SIZES, num_labels=3)
+    base = AutoModelForSequenceClassification.from_config(config)
+    new = ["classifier.dense", "classifier.out_proj"]
+    model = apply_peft(base, settings(target=["dense"]), "sequence_classification", new)
+
+    whole = {name for name in training(model) if "bottleneck_" not in name}
+    assert len(whole) == 4
+    assert all(".classifier.modules_to_save.default." in name for name in whole)
+
+
 def test_norms_may_train_with_it() -> None:
     """As in Houlsby et al. 2019."""
     names = set(training(adapted("bert", modules_to_save=["LayerNorm"])))
@@ -360,6 +371,13 @@ def test_saved_and_loaded(family: str, placement: str, tmp_path: Path) -> None:
 
     assert torch.equal(logits(loaded), logits(model))
     assert training(loaded) == {}
+    slim = PeftModel.from_pretrained(base(), tmp_path, low_cpu_mem_usage=True)
+    assert not any(parameter.is_meta for parameter in slim.parameters())
+    assert all(
+        torch.equal(value, loaded.state_dict()[name])
+        for name, value in slim.state_dict().items()
+        if "bottleneck_" in name
+    )
     again = PeftModel.from_pretrained(base(), tmp_path, is_trainable=True)
     assert training(again).keys() == training(model).keys()
     tensors = load_file(tmp_path / "adapter_model.safetensors")
@@ -438,6 +456,19 @@ def test_several_live_side_by_side(family: str, placement: str, tmp_path: Path) 
     model.delete_adapter("default")
     assert torch.equal(logits(model), second)
     assert not any(".default." in name for name in model.state_dict() if "bottleneck_" in name)
+
+
+def test_second_one_elsewhere_trains_when_it_is_chosen() -> None:
+    model = adapted("llama", target=["o_proj"])
+    stir(model)
+    first = logits(model)
+    config = copy.deepcopy(model.peft_config["default"])
+    config.target_modules = ["down_proj"]
+    model.add_adapter("second", config)
+    assert all("o_proj" in name and "default" in name for name in training(model))
+    assert torch.equal(logits(model.eval()), first)
+    model.set_adapter("second")
+    assert all("down_proj" in name and "second" in name for name in training(model))
 
 
 def test_active_ones_act_one_after_another() -> None:
@@ -614,6 +645,7 @@ def test_trained_stopped_and_loaded(
     bottlenecked: Overrides,
     bases: Callable[[str], Path],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     model: str,
     placement: str,
 ) -> None:
