@@ -19,13 +19,11 @@ if TYPE_CHECKING:
 
     from clpeft.loaded import Loaded
 
-DTYPES = ("float32", "bfloat16", "float16")
 # how far the logits of an exported model may lie from the run's own, as a share of their spread:
 # rounding alone, which grows with depth; what went wrong is ten times as far off
 TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 SUFFIX = {False: "", True: "-merged"}
 ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PROBE = (4, 32)  # texts and tokens in each, of the input whose logits are compared
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ def export(
             f"{target} exists and is not an empty folder; remove it, or name another with --to."
         )
     config = replace(models.base(base), trust_remote_code=trust_remote_code)
-    aside = target.with_name(f".{target.name}.part")
+    aside = target.resolve().with_name(f".{target.resolve().name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     difference = None
@@ -125,8 +123,8 @@ def _check_mergeable(models: Models, adapter: Path) -> None:
     serving = models.serving
     if (method := serving.quantization["method"]) != "none":
         raise ConfigError(
-            f"The run's base is quantized ({method}): merging would round its "
-            f"weights once more, and the errors would add up. Export the adapter without --merge."
+            f"The run's base is quantized ({method}): merging would round its weights once more, "
+            f"and the errors would add up. Export the adapter without --merge."
         )
     PEFT_METHODS.discover()  # some register a type of adapter with PEFT
     if PeftConfig.from_pretrained(adapter).is_prompt_learning:
@@ -225,19 +223,20 @@ def _name(dtype: Any) -> str:
 
 
 def _probe(loaded: Loaded) -> dict[str, Tensor]:
-    """Tokens drawn at random, alike for the same tokenizer, as input to compare two models by."""
-    import torch
+    """An input to compare two models by: the prompts of all tasks, one after another."""
+    from clpeft.models.load import positions
 
-    generator = torch.Generator().manual_seed(0)
-
-    def drawn() -> Tensor:
-        ids = torch.randint(loaded.tokenizer.vocab_size, PROBE, generator=generator)
-        return ids.to(loaded.device)
-
-    ids = drawn()
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    stream, limit = loaded.stream, positions(loaded.model)
+    text = " ".join(stream.prompt(task).fill(task.name, task.name) for task in stream.tasks)
+    read = loaded.tokenizer(
+        text,
+        truncation=True,
+        max_length=int(min(stream.config.max_length, limit)),
+        return_tensors="pt",
+    ).to(loaded.device)
+    inputs = {name: read[name] for name in ("input_ids", "attention_mask")}
     if loaded.model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = drawn()
+        inputs["decoder_input_ids"] = read["input_ids"]
     return inputs
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,6 +152,10 @@ class Models:
             raise ConfigError(
                 f"{folder} holds no serving.json: its run has not begun, or an earlier version of "
                 f"clpeft made it; run it (again) with `clpeft run ... force=true`."
+            )
+        if facts.keys() != {field.name for field in fields(Serving)}:
+            raise ConfigError(
+                f"{folder / 'serving.json'} is not as this version of clpeft writes it."
             )
         self.serving = Serving(**facts)
         self.paths = self._found()

@@ -434,7 +434,13 @@ def test_no_such_run(tmp_path: Path) -> None:
 
 
 def test_a_run_that_has_not_begun(copied: Path) -> None:
-    (copied / "serving.json").unlink()
+    written = copied / "serving.json"
+    written.write_text(json.dumps({"run": "of a later version"}))
+    with pytest.raises(
+        ConfigError, match=rf"^{written} is not as this version of clpeft writes it"
+    ):
+        clpeft.load(copied)
+    written.unlink()
 
     with pytest.raises(ConfigError, match=r"holds no serving\.json: its run has not begun"):
         clpeft.load(copied)
