@@ -116,7 +116,8 @@ class Loaded:
                 f"of {', '.join(self.tasks)}; load them all with task='{ALL}'."
             )
         if len(self._numbers) > 1:
-            self.model.set_adapter(adapter_name(number), inference_mode=True)
+            self.model.set_adapter(adapter_name(number))
+            self.model.requires_grad_(False)  # which PEFT lets the active one train
         self.number = number
         return self
 
