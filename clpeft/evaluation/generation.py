@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clpeft.evaluation.scoring import left_padded, right_padded
+from clpeft.models.continuation import continuations
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,25 +30,24 @@ def generate(
     Returns:
         The texts, without special tokens, stripped.
     """
+    from transformers import GenerationConfig
+
     device = next(model.parameters()).device
     pad = int(tokenizer.pad_token_id)
     if model.config.is_encoder_decoder:  # type: ignore[union-attr]
         ids = right_padded(prompts, pad)
         mask = right_padded([[1] * len(row) for row in prompts], 0)
-        begin = 0
     else:
         ids, mask = left_padded(prompts, pad)
-        begin = ids.shape[1]
-    written = model.generate(  # type: ignore[operator]
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
+    settings: Any = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
         pad_token_id=pad,
         eos_token_id=tokenizer.eos_token_id,
     )
-    texts = tokenizer.batch_decode(written[:, begin:], skip_special_tokens=True)
+    written = continuations(model, ids.to(device), mask.to(device), settings)
+    texts = tokenizer.batch_decode(written, skip_special_tokens=True)
     return [text.strip() for text in texts]
 
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from clpeft.models.attention import attention_span
 from clpeft.models.objective import (
     IGNORED,
     beneath_adapter,
     shift_right,
     takes_logits_to_keep,
 )
+from clpeft.models.virtual_tokens import reads_prefix, virtual_tokens, widened
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,15 +40,12 @@ def right_padded(rows: Sequence[Sequence[int]], pad: int) -> Tensor:
     return torch.tensor([list(row) + [pad] * (length - len(row)) for row in rows])
 
 
-# how configurations call the number of tokens that a layer with local attention looks back over
-SPANS = ("sliding_window", "window_size", "attention_chunk_size")
-
-
 def causal_scorer(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Scorer:
     """How candidates are scored by a decoder: packed where its attention takes a mask of ours.
 
     That is not so where distance is not told by position ids (ALiBi), where layers carry a state
-    from token to token, or beyond the span of local attention, which a mask of ours would widen.
+    from token to token, where an adapter has virtual tokens to put before the prompts, or beyond
+    the span of local attention, which a mask of ours would widen.
     """
     span = _packed_span(model)
     keeps = takes_logits_to_keep(model)
@@ -70,18 +68,14 @@ def _packed_span(model: nn.Module) -> float:
     if not isinstance(base, PreTrainedModel):
         return 0
     described = base.config.get_text_config().to_dict()
-    learns_prompts = any(
-        config.is_prompt_learning for config in (vars(model).get("peft_config") or {}).values()
-    )
     packs = (
         "position_ids" in inspect.signature(base.forward).parameters
         and base.config._attn_implementation in ("eager", "sdpa")
         and not described.get("alibi")
         and not base._is_stateful
-        and not learns_prompts
+        and not virtual_tokens(model)
     )
-    spans = (described[name] for name in SPANS if described.get(name))
-    return min(spans, default=math.inf) if packs else 0
+    return attention_span(model) if packs else 0
 
 
 def packed_scores(
@@ -187,7 +181,7 @@ def expanded_scores(
 
 def seq2seq_scorer(model: nn.Module, tokenizer: PreTrainedTokenizerBase, start: int) -> Scorer:
     """How candidates are scored by an encoder-decoder: each prompt is encoded once."""
-    pad = int(tokenizer.pad_token_id)
+    base, pad = beneath_adapter(model), int(tokenizer.pad_token_id)
 
     def score(prompts: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]]) -> Tensor:
         from transformers.modeling_outputs import BaseModelOutput
@@ -195,18 +189,28 @@ def seq2seq_scorer(model: nn.Module, tokenizer: PreTrainedTokenizerBase, start: 
         device = next(model.parameters()).device
         ids = right_padded(prompts, pad).to(device)
         mask = right_padded([[1] * len(row) for row in prompts], 0).to(device)
-        encoded = model.get_encoder()(input_ids=ids, attention_mask=mask)  # type: ignore[operator]
+        first = torch.full_like(ids[:, :1], start)
+        # the model as a whole, so that its adapter puts before the prompts what belongs there
+        encoded = model(input_ids=ids, attention_mask=mask, decoder_input_ids=first)
+        hidden = encoded.encoder_last_hidden_state
+        mask = widened(mask, hidden.shape[1] - ids.shape[1])
         count = len(candidates)
         labels = right_padded(candidates, IGNORED).to(device).repeat(len(prompts), 1)
-        hidden = encoded.last_hidden_state.repeat_interleave(count, dim=0)
-        outputs = model(
+        hidden = hidden.repeat_interleave(count, dim=0)
+        outputs = base(
             encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
             attention_mask=mask.repeat_interleave(count, dim=0),
             decoder_input_ids=shift_right(labels, start, pad),
+            **_decoders_prefix(model, len(labels)),
         )
         return _summed(outputs.logits.float(), labels).view(len(prompts), count)
 
     return score
+
+
+def _decoders_prefix(model: Any, rows: int) -> dict[str, Any]:
+    """What the decoder reads before what it writes, where an adapter has learned that."""
+    return {"past_key_values": model.get_prompt(rows)} if reads_prefix(model) else {}
 
 
 def _summed(logits: Tensor, labels: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from clpeft.models.objective import (
 )
 from clpeft.models.own import OwnModelConfig, build_own, own_tokenizer
 from clpeft.models.quantize import QuantizationConfig, kept_whole, number_of_weights, prepare
+from clpeft.models.virtual_tokens import virtual_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -198,23 +199,28 @@ def check_positions(model: torch.nn.Module, longest: int) -> None:
     Raises:
         ConfigError: If it has too few.
     """
-    limit = positions(model)
+    limit, virtual = positions(model), virtual_tokens(model)
     if longest > limit:
+        taken = f", {virtual} of which virtual tokens take" if virtual else ""
+        fewer = ", or peft.num_virtual_tokens lower" if virtual else ""
         raise ConfigError(
-            f"The longest example has {longest} tokens, but the model knows {limit} positions; "
-            f"set stream.max_length={limit} or less."
+            f"The longest example has {longest} tokens, but the model knows {limit + virtual} "
+            f"positions{taken}; set stream.max_length={max(limit, 1)} or less{fewer}."
         )
 
 
 def positions(model: torch.nn.Module) -> float:
-    """How many tokens a model has a learned position for; without limit where it learns none."""
+    """How many tokens of a text a model has a learned position for, beside its virtual tokens.
+
+    Without limit where it learns no positions.
+    """
     limit = math.inf
     for path, module in model.named_modules():
         if isinstance(module, torch.nn.Embedding) and path.split(".")[-1] in POSITIONS:
             # RoBERTa begins to count behind the padding's id
             offset = 0 if module.padding_idx is None else module.padding_idx + 1
             limit = min(limit, module.num_embeddings - offset)
-    return limit
+    return limit - virtual_tokens(model)
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:

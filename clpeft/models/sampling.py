@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from clpeft.models.continuation import continuations
+
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
@@ -64,10 +66,5 @@ def sample(
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.inference_mode():
         torch.manual_seed(seed)
-        rows = model.generate(  # type: ignore[operator]
-            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings
-        )
-    # an encoder-decoder's rows begin with the token that decoding starts with
-    begin = 1 if model.config.is_encoder_decoder else len(prompt)  # type: ignore[union-attr]
-    rows = rows[:, begin:].tolist()
+        rows = continuations(model, ids, torch.ones_like(ids), settings).tolist()
     return [row[: row.index(end) + 1] if end in row else row for row in rows]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from omegaconf import MISSING
 
+from clpeft.models.virtual_tokens import find_last_token
 from clpeft.registry import PEFT_METHODS
 from clpeft.strategies.base import Strategy
 
@@ -43,6 +44,8 @@ class PeftMethodConfig:
     companion: ClassVar[type[Strategy] | None] = None
     # Strategies it cannot be combined with: name -> the reason, as the end of a sentence.
     conflicts: ClassVar[Mapping[str, str]] = {}
+    # What PEFT calls its adapter, in lower case; None: as it is called here.
+    peft_type: ClassVar[str | None] = None
 
     @property
     def kind(self) -> str:
@@ -93,4 +96,15 @@ def apply_peft(model: nn.Module, config: Any, task_type: str, new: Sequence[str]
     Raises:
         ConfigError: If nothing in the model can be adapted.
     """
-    return PEFT_METHODS[config.method].target(model, config, task_type, new)
+    from peft import PeftModel
+
+    model = PEFT_METHODS[config.method].target(model, config, task_type, new)
+    if isinstance(model, PeftModel):
+        find_last_token(model)
+    return model
+
+
+def method_of(peft_type: str) -> str:
+    """What the method is called here that PEFT's type of adapter belongs to, in lower case."""
+    named = {entry.config.peft_type: entry.name for entry in PEFT_METHODS}  # type: ignore[attr-defined]
+    return named.get(peft_type, peft_type)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from clpeft.config import ConfigError
 from clpeft.models.adapted import adapter_settings
+from clpeft.peft_methods.base import method_of
 from clpeft.registry import PEFT_METHODS
 
 if TYPE_CHECKING:
@@ -48,13 +49,14 @@ def take_over(model: nn.Module, source: str, method: Any) -> None:
     from peft import (
         PeftConfig,
         PeftModel,
+        PeftType,
         get_peft_model_state_dict,
         load_peft_weights,
         set_peft_model_state_dict,
     )
 
     carried = PeftConfig.from_pretrained(source)
-    kind = carried.peft_type.value.lower()
+    kind = method_of(carried.peft_type.value.lower())
     if (
         not isinstance(model, PeftModel)
         or model.peft_config[ADAPTER].peft_type != carried.peft_type
@@ -63,6 +65,12 @@ def take_over(model: nn.Module, source: str, method: Any) -> None:
         raise ConfigError(
             f"peft={method.kind} was asked for, but {source} carries a {kind} adapter; choose "
             f"{right}, or set model.path to its base model."
+        )
+    if carried.peft_type == PeftType.P_TUNING or carried.to_dict().get("prefix_projection"):
+        raise ConfigError(
+            f"The adapter in {source} holds what a network made that was not saved with it, so that "
+            f"it cannot be trained on; start from its base model, "
+            f"{carried.base_model_name_or_path}."
         )
     asked = model.peft_config[ADAPTER]
     if told := _differences(carried, asked, model):

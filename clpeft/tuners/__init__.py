@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from clpeft.tuners.bottleneck import BottleneckConfig, BottleneckModel
+from clpeft.tuners.lisa_hybrid import LisaHybridConfig, LisaHybridModel
 
-__all__ = ["BottleneckConfig", "BottleneckModel"]
+__all__ = ["BottleneckConfig", "BottleneckModel", "LisaHybridConfig", "LisaHybridModel"]

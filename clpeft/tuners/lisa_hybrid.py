@@ -1,0 +1,200 @@
+"""A soft prompt and LoRA as one PEFT method: both train, and lie in one adapter folder."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, LoraModel, PromptEmbedding, PromptTuningInit, TaskType
+from peft.utils import register_peft_method
+from torch import Tensor, nn
+
+from clpeft.models.virtual_tokens import before_text, places, widened
+from clpeft.peft_methods.registration import new_peft_type
+
+LISA_HYBRID = new_peft_type("LISA_HYBRID")
+
+
+@dataclass
+class LisaHybridConfig(LoraConfig):
+    """What adapter_config.json holds of a soft prompt and LoRA.
+
+    The prompt's settings are called as those of PEFT's prompt tuning, whose module it is.
+
+    Attributes:
+        num_virtual_tokens: Embeddings in the prompt.
+        prompt_tuning_init: What they begin as.
+        prompt_tuning_init_text: The text whose embeddings they begin as, if any.
+        tokenizer_name_or_path: What cuts that text into tokens.
+        tokenizer_kwargs: How that is loaded.
+        token_dim: Numbers in an embedding; seen from the model.
+        num_transformer_submodules: How many parts of the model have a prompt of their own.
+    """
+
+    num_virtual_tokens: int = 20
+    prompt_tuning_init: str = PromptTuningInit.SAMPLE_VOCAB
+    prompt_tuning_init_text: str | None = None
+    tokenizer_name_or_path: str | None = None
+    tokenizer_kwargs: dict[str, Any] | None = None
+    token_dim: int | None = None
+    num_transformer_submodules: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = LISA_HYBRID
+
+
+class LisaHybridModel(LoraModel):
+    """LoRA's tuner, and a soft prompt that the model reads right before each text.
+
+    The prompt is put in where token ids become embeddings. What becomes of it is taken out again
+    behind the last layer, so that the model is called as without it and answers in the same
+    shapes. It stays in where others are to see it: in an encoder's states, for a decoder, or for a
+    classification head that pools where the first token stands.
+    """
+
+    def _pre_injection_hook(self, model: nn.Module, config: LisaHybridConfig, name: str) -> None:
+        self.soft_prompt = nn.ModuleDict()
+        self._reads_prompt = True
+        self._order: Tensor | None = None  # `places` in the call under way, if it reads the prompt
+        if model.config.is_encoder_decoder:
+            reader, decoder = model.get_encoder(), model.get_decoder()
+            hooks = [decoder.register_forward_pre_hook(self._uncover, with_kwargs=True)]
+        else:
+            reader, hooks = model.base_model, []
+            counts = "score" in dict(model.named_children())  # the text's tokens, to the last
+            if config.task_type != TaskType.SEQ_CLS or counts:
+                hooks = [reader.register_forward_hook(self._take_out)]
+        self._hooks = [*hooks, reader.register_forward_pre_hook(self._put_in, with_kwargs=True)]
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config, embeddings = self.peft_config[adapter_name], model.get_input_embeddings()
+        config.token_dim = embeddings.embedding_dim
+        prompt = PromptEmbedding(config, embeddings)
+        if not prompt.embedding.weight.is_meta:
+            prompt.to(embeddings.weight.device)
+        trains = adapter_name in self.active_adapters and not config.inference_mode
+        self.soft_prompt[adapter_name] = prompt.requires_grad_(trains)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        for name, prompt in self.soft_prompt.items():
+            prompt.requires_grad_(name in self.active_adapters and not inference_mode)
+
+    def set_requires_grad(
+        self, adapter_names: str | Sequence[str], requires_grad: bool = True
+    ) -> None:
+        super().set_requires_grad(adapter_names, requires_grad)
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            self.soft_prompt[name].requires_grad_(requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        del self.soft_prompt[adapter_name]
+
+    def unload(self) -> nn.Module:
+        for hook in self._hooks:
+            hook.remove()
+        return super().unload()
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError("Soft prompts of several adapters have no weighted sum.")
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError("A soft prompt cannot be merged into a model's weights.")
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        super()._enable_adapter_layers(enabled)
+        self._reads_prompt = enabled
+
+    @property
+    def _width(self) -> int:
+        """How many virtual tokens the active adapters have together: V."""
+        return sum(self.peft_config[name].num_virtual_tokens for name in self.active_adapters)
+
+    def _prompts(self, rows: int) -> Tensor:
+        """The embeddings of the active adapters' prompts, one after another: [rows, V, D]."""
+        prompts = [self.soft_prompt[name] for name in self.active_adapters]
+        # looked up for every example, so that each has gradients of its own
+        places = [torch.arange(len(p.embedding.weight)).expand(rows, -1) for p in prompts]
+        found = [p(at.to(p.embedding.weight.device)) for p, at in zip(prompts, places, strict=True)]
+        return torch.cat(found, dim=1)
+
+    def _put_in(
+        self, reader: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[()], dict[str, Any]] | None:
+        """Before the module that makes embeddings of token ids."""
+        self._order = None
+        if not self._reads_prompt:
+            return None
+        given = _by_name(reader, args) | kwargs
+        cache = given.get("past_key_values")
+        if cache is not None and cache.get_seq_length():
+            return (), self._behind_prompt(given)
+        return (), self._with_prompt(reader, given)
+
+    def _with_prompt(self, reader: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+        """What the reader is given, with the prompt right before the text."""
+        ids, text = given.pop("input_ids", None), given.pop("inputs_embeds", None)
+        if text is None:
+            text = reader.get_input_embeddings()(ids)  # type: ignore[operator]
+        mask = given.get("attention_mask")
+        if mask is None:
+            mask = torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
+        order = self._order = places(mask, self._width)
+        mask = widened(mask, self._width)
+        changed = {
+            "inputs_embeds": before_text(self._prompts(len(text)), text, order),
+            "attention_mask": mask,
+        }
+        if given.get("position_ids") is not None:
+            changed["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        if given.get("token_type_ids") is not None:
+            kinds = given["token_type_ids"]
+            none = kinds.new_zeros(len(kinds), self._width)
+            changed["token_type_ids"] = before_text(none, kinds, order)
+        return given | changed
+
+    def _behind_prompt(self, given: dict[str, Any]) -> dict[str, Any]:
+        """What the reader is given of a text that it has read the beginning of, prompt and all."""
+        changed = {}
+        if given.get("attention_mask") is not None:
+            changed["attention_mask"] = widened(given["attention_mask"], self._width)
+        if given.get("position_ids") is not None:
+            changed["position_ids"] = given["position_ids"] + self._width
+        return given | changed
+
+    def _take_out(self, reader: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Behind the last layer."""
+        if self._order is not None:
+            text = self._order.argsort(dim=1)[:, self._width :]
+            rows = torch.arange(len(text), device=text.device)[:, None]
+            output.last_hidden_state = output.last_hidden_state[rows, text]
+
+    def _uncover(
+        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[()], dict[str, Any]] | None:
+        """Before a decoder, which is given the encoder's states but the text's mask."""
+        given = _by_name(decoder, args) | kwargs
+        states, mask = given.get("encoder_hidden_states"), given.get("encoder_attention_mask")
+        if states is None or mask is None:
+            return None
+        return (), given | {
+            "encoder_attention_mask": widened(mask, states.shape[1] - mask.shape[1])
+        }
+
+
+def _by_name(module: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
+    """Arguments given by their place, by their names."""
+    return dict(zip(inspect.signature(module.forward).parameters, args, strict=False))
+
+
+register_peft_method(
+    name="lisa_hybrid", config_cls=LisaHybridConfig, model_cls=LisaHybridModel, prefix="lora_"
+)
