@@ -217,8 +217,9 @@ def positions(model: torch.nn.Module) -> float:
     limit = math.inf
     for path, module in model.named_modules():
         if isinstance(module, torch.nn.Embedding) and path.split(".")[-1] in POSITIONS:
-            # RoBERTa begins to count behind the padding's id
-            offset = 0 if module.padding_idx is None else module.padding_idx + 1
+            # OPT and BART begin to count at an offset, RoBERTa behind the padding's id
+            behind = 0 if module.padding_idx is None else module.padding_idx + 1
+            offset = vars(module).get("offset", behind)
             limit = min(limit, module.num_embeddings - offset)
     return limit - virtual_tokens(model)
 

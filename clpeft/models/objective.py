@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from clpeft.models.virtual_tokens import reads_prefix
 from clpeft.streams.batch import IGNORED
 
 if TYPE_CHECKING:
@@ -139,6 +140,19 @@ class ClassificationObjective(Objective):
 
     def for_labels(self, allowed: Tensor) -> Objective:
         return ClassificationObjective(allowed)
+
+    def _hidden(self, model: nn.Module, batch: Batch) -> Tensor:
+        if not reads_prefix(model):
+            return super()._hidden(model, batch)
+        # behind a prefix PEFT pools what stands second in the outputs: hidden states, if asked for
+        states: list[Tensor] = []
+        reader = beneath_adapter(model).base_model
+        hook = reader.register_forward_hook(lambda *call: states.append(call[-1].last_hidden_state))
+        try:
+            model(**batch.inputs)
+        finally:
+            hook.remove()
+        return states[0]
 
     def unmasked(
         self, outputs: Any, batch: Batch, rows: Tensor | slice = slice(None)

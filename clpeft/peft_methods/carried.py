@@ -68,8 +68,8 @@ def take_over(model: nn.Module, source: str, method: Any) -> None:
         )
     if carried.peft_type == PeftType.P_TUNING or carried.to_dict().get("prefix_projection"):
         raise ConfigError(
-            f"The adapter in {source} holds what a network made that was not saved with it, so that "
-            f"it cannot be trained on; start from its base model, "
+            f"The adapter in {source} holds what a network made that was not saved with it, so "
+            f"that it cannot be trained on; start from its base model, "
             f"{carried.base_model_name_or_path}."
         )
     asked = model.peft_config[ADAPTER]

@@ -10,7 +10,7 @@ import torch
 
 from clpeft.config import ConfigError
 from clpeft.models.load import check_positions
-from clpeft.peft_methods.lora import HEADS
+from clpeft.peft_methods.wrap import HEADS
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -37,6 +37,10 @@ def learn_prompt(
     config.modules_to_save = [path for path in new if not HEADS & set(path.split("."))] or None
     if config.peft_type == PeftType.PREFIX_TUNING:
         config.num_layers, config.num_attention_heads, config.token_dim = kept_sizes(model)
+        if model.config.is_encoder_decoder:
+            # PEFT hands each layer two pairs of keys and values, of which it drops the second; but
+            # it makes one per layer, so that layers would have those of others
+            config.num_layers *= 2
     else:
         config.num_layers = model.config.num_hidden_layers
         config.num_attention_heads = model.config.num_attention_heads
@@ -82,7 +86,7 @@ def check_reads(adapted: PeftModel, name: str) -> None:
     """
     try:
         adapted(**trial(adapted))
-    except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+    except Exception as error:  # whatever it is that its layers stumble over
         raise ConfigError(
             f"peft={name} does not work with {type(adapted.get_base_model()).__name__}"
             f" ({str(error).splitlines()[0].rstrip('.')}); choose another PEFT method, such as"

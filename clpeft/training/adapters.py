@@ -30,7 +30,8 @@ def save_adapter(run: Run, task: EncodedTask, directory: Path) -> None:
     whole = directory / "adapters" / f"{task.index + 1}_{task.name}"
     folder = whole.with_name(f".{whole.name}.part")
     shutil.rmtree(folder, ignore_errors=True)
-    _save(run, task, folder)
+    with run.eval_mode():  # a network that makes a prompt is asked for it, and may have dropout
+        _save(run, task, folder)
     shutil.rmtree(whole, ignore_errors=True)
     folder.rename(whole)
 

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, LoraModel, PromptEmbedding, PromptTuningInit, TaskType
 from peft.utils import register_peft_method
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from clpeft.models.virtual_tokens import before_text, places, widened
 from clpeft.peft_methods.registration import new_peft_type
@@ -64,7 +65,7 @@ class LisaHybridModel(LoraModel):
             reader, decoder = model.get_encoder(), model.get_decoder()
             hooks = [decoder.register_forward_pre_hook(self._uncover, with_kwargs=True)]
         else:
-            reader, hooks = model.base_model, []
+            reader, hooks = _reader(model), []
             counts = "score" in dict(model.named_children())  # the text's tokens, to the last
             if config.task_type != TaskType.SEQ_CLS or counts:
                 hooks = [reader.register_forward_hook(self._take_out)]
@@ -76,8 +77,8 @@ class LisaHybridModel(LoraModel):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config, embeddings = self.peft_config[adapter_name], model.get_input_embeddings()
         config.token_dim = embeddings.embedding_dim
-        prompt = PromptEmbedding(config, embeddings)
-        if not prompt.embedding.weight.is_meta:
+        prompt = PromptEmbedding(config, embeddings).embedding
+        if not prompt.weight.is_meta:
             prompt.to(embeddings.weight.device)
         trains = adapter_name in self.active_adapters and not config.inference_mode
         self.soft_prompt[adapter_name] = prompt.requires_grad_(trains)
@@ -122,8 +123,8 @@ class LisaHybridModel(LoraModel):
         """The embeddings of the active adapters' prompts, one after another: [rows, V, D]."""
         prompts = [self.soft_prompt[name] for name in self.active_adapters]
         # looked up for every example, so that each has gradients of its own
-        places = [torch.arange(len(p.embedding.weight)).expand(rows, -1) for p in prompts]
-        found = [p(at.to(p.embedding.weight.device)) for p, at in zip(prompts, places, strict=True)]
+        every = [torch.arange(len(p.weight), device=p.weight.device) for p in prompts]
+        found = [p(ids.expand(rows, -1)) for p, ids in zip(prompts, every, strict=True)]
         return torch.cat(found, dim=1)
 
     def _put_in(
@@ -188,6 +189,20 @@ class LisaHybridModel(LoraModel):
         return (), given | {
             "encoder_attention_mask": widened(mask, states.shape[1] - mask.shape[1])
         }
+
+
+def _reader(model: nn.Module) -> nn.Module:
+    """The innermost of a model's models that makes embeddings of token ids.
+
+    Outer ones are not always called: OPT's language model calls the decoder within its model.
+    """
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    holders = [
+        module
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel) and embeddings in list(module.modules())
+    ]
+    return holders[-1]
 
 
 def _by_name(module: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:

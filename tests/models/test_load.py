@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer, GPT2Config, LlamaConfig, RobertaConfig
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+    RobertaConfig,
+)
 
 from clpeft.config import ConfigError, ModelConfig
 from clpeft.models.load import (
@@ -119,6 +126,19 @@ def test_counts() -> None:
             ),
             16,
         ),
+        # nor two of these: positions begin at 2
+        (
+            OPTConfig(
+                vocab_size=20,
+                hidden_size=8,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                ffn_dim=8,
+                word_embed_proj_dim=8,
+                max_position_embeddings=16,
+            ),
+            16,
+        ),
         (
             LlamaConfig(
                 vocab_size=20,
@@ -131,7 +151,7 @@ def test_counts() -> None:
             None,
         ),
     ],
-    ids=["gpt2", "roberta", "llama"],
+    ids=["gpt2", "roberta", "opt", "llama"],
 )
 def test_texts_longer_than_learned_positions_are_refused(config: Any, limit: int | None) -> None:
     model = AutoModel.from_config(config)
