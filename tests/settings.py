@@ -211,6 +211,7 @@ PEFT_SETTINGS: dict[str, PeftSetting] = {
     "lisa_layerwise": PeftSetting(
         ("peft.active_layers=1", "peft.every=2", "optimizer.lr=1e-3"),
     ),
+    "lisa_hybrid": PeftSetting(("peft.num_virtual_tokens=3", "peft.r=4")),
     "lora": PeftSetting(
         ("peft.r=8", "peft.alpha=16", "peft.target=auto", "peft.dropout=0.1"),
     ),
@@ -225,6 +226,9 @@ PEFT_SETTINGS: dict[str, PeftSetting] = {
         )
     ),
     "oft": PeftSetting(("peft.options.oft_block_size=8",)),
+    "p_tuning": PeftSetting(("peft.num_virtual_tokens=4",)),
+    "prefix": PeftSetting(("peft.num_virtual_tokens=4",)),
+    "prompt": PeftSetting(("peft.num_virtual_tokens=4",)),
     "osf": PeftSetting(("optimizer.lr=1e-3",)),
     "vera": PeftSetting(("peft.options.r=16", "peft.options.vera_dropout=0.1")),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from omegaconf import MISSING
 
@@ -32,6 +32,8 @@ class LisaHybridSettings(PeftMethodConfig):
     alpha: float = above(0)
     dropout: float = between(0, 1)
     target: Any = MISSING  # minimal, attention, all-linear, or a list of module names
+
+    supports_own_models: ClassVar[bool] = False
 
     def check(self) -> None:
         check_init(self.init, self.init_text)

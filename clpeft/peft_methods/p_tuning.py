@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from clpeft.config import ConfigError, at_least, between, one_of
 from clpeft.peft_methods.base import PEFT_TASK_TYPES, PeftMethodConfig
@@ -25,6 +25,8 @@ class PTuningSettings(PeftMethodConfig):
     encoder_hidden_size: int | None = at_least(1, default=None)  # its width; null: the model's
     encoder_num_layers: int = at_least(1)  # of an LSTM; an MLP has two hidden layers
     encoder_dropout: float = between(0, 1)  # between the layers of an LSTM
+
+    supports_own_models: ClassVar[bool] = False
 
     def check(self) -> None:
         if self.reparameterization == "mlp":

@@ -29,6 +29,7 @@ class PrefixSettings(PeftMethodConfig):
     gradient_checkpointing_reason: ClassVar[str] = (
         "its keys and values are put into a cache, which recomputing does without"
     )
+    supports_own_models: ClassVar[bool] = False
 
     def check(self) -> None:
         if self.encoder_hidden_size is not None and not self.projection:

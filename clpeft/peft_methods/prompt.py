@@ -27,6 +27,7 @@ class PromptSettings(PeftMethodConfig):
     init_text: str | None = None  # repeated, or cut, to num_virtual_tokens
 
     peft_type: ClassVar[str] = "prompt_tuning"
+    supports_own_models: ClassVar[bool] = False
 
     def check(self) -> None:
         check_init(self.init, self.init_text)

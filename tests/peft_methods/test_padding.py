@@ -137,7 +137,9 @@ def test_decoders(kind: str, method: str) -> None:
     ids, mask = left_padded(TEXTS, 0)
     written = continuations(model, ids, mask, SETTINGS)
     for row, text in enumerate(TEXTS):
-        assert cut(written[row]) == greedy(lambda so_far: alone(model, [*text, *so_far])[-1])
+        assert cut(written[row]) == greedy(
+            lambda so_far, text=text: alone(model, [*text, *so_far])[-1]
+        )
 
 
 @pytest.mark.parametrize(("kind", "method"), crossed(ENCODER_DECODERS))

@@ -13,12 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from clpeft.config import ConfigError
 from clpeft.models.load import count_parameters, load_model
 from clpeft.peft_methods.base import apply_peft
+from clpeft.peft_methods.carried import take_over
 from clpeft.peft_methods.prompt import PromptSettings
 from tests.architectures import build
 from tests.peft_methods.learned_prompts import VIRTUAL, settings
 from tests.running import compose
 
 IDS = torch.tensor([[5, 6, 7, 8, 2]])
+from tests.peft_methods.test_lora import settings as lora
 
 
 def prompted(kind: str, task_type: str, new: tuple[str, ...] = ()) -> tuple[Any, torch.Tensor]:
@@ -147,7 +149,7 @@ def test_a_run_may_go_on_from_a_learned_one(
     loaded, _ = load_model(source, str(tmp_path), tokenizer, labels=4)
 
     model = apply_peft(loaded, settings(method), "causal_lm", [])
-    assert model is loaded
+    take_over(model, str(tmp_path), settings(method))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert list(trained) == ["prompt_encoder.default.embedding.weight"]
     (prompt,) = trained.values()
@@ -157,11 +159,10 @@ def test_a_run_may_go_on_from_a_learned_one(
     assert prompt.grad is not None
     assert prompt.grad.abs().max() > 0
 
-    told = rf"peft=lora was asked for, .* carries a {method} adapter already; choose peft={method}"
+    other = apply_peft(AutoModelForCausalLM.from_pretrained(folder), lora(), "causal_lm", [])
+    told = rf"peft=lora was asked for, but .* carries a {method} adapter; choose peft={method}"
     with pytest.raises(ConfigError, match=told):
-        from tests.peft_methods.test_lora import settings as lora
-
-        apply_peft(model, lora(), "causal_lm", [])
+        take_over(other, str(tmp_path), lora())
 
 
 def test_a_classifier_gone_on_with_finds_the_last_token_too(
@@ -180,6 +181,7 @@ def test_a_classifier_gone_on_with_finds_the_last_token_too(
     source = ModelConfig(name="mine", task_type="sequence_classification", path=str(tmp_path))
     loaded, new = load_model(source, str(tmp_path), tokenizer, labels=4)
     model = apply_peft(loaded, settings("prompt"), "sequence_classification", new).eval()
+    take_over(model, str(tmp_path), settings("prompt"))
 
     ids = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
     with torch.no_grad():
