@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from clpeft.config import ConfigError, ModelConfig
-from clpeft.models.load import count_parameters, load_model
+from clpeft.config import ConfigError
+from clpeft.models.load import count_parameters
 from clpeft.peft_methods.base import apply_peft
+from clpeft.peft_methods.carried import take_over
 from clpeft.peft_methods.p_tuning import PTuningSettings
 from tests.architectures import build
 from tests.peft_methods.learned_prompts import VIRTUAL, settings
@@ -133,8 +134,10 @@ def test_what_a_network_made_cannot_be_trained_on(
         AutoModelForCausalLM.from_pretrained(folder), settings(method), "causal_lm", []
     )
     first.save_pretrained(tmp_path)
-    source = ModelConfig(name="mine", task_type="causal_lm", path=str(tmp_path))
+    second = apply_peft(
+        AutoModelForCausalLM.from_pretrained(folder), settings(method), "causal_lm", []
+    )
 
     told = f"{tmp_path} holds what a network made .*; start from its base model, {folder}"
     with pytest.raises(ConfigError, match=told):
-        load_model(source, str(tmp_path), AutoTokenizer.from_pretrained(folder), labels=4)
+        take_over(second, str(tmp_path), settings(method))

@@ -17,10 +17,10 @@ from clpeft.peft_methods.carried import take_over
 from clpeft.peft_methods.prompt import PromptSettings
 from tests.architectures import build
 from tests.peft_methods.learned_prompts import VIRTUAL, settings
+from tests.peft_methods.test_lora import settings as lora
 from tests.running import compose
 
 IDS = torch.tensor([[5, 6, 7, 8, 2]])
-from tests.peft_methods.test_lora import settings as lora
 
 
 def prompted(kind: str, task_type: str, new: tuple[str, ...] = ()) -> tuple[Any, torch.Tensor]:
