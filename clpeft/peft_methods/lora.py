@@ -72,7 +72,7 @@ def apply_lora(
     from peft import LoraConfig
 
     check_modules(model, config.modules_to_save or [], "peft.modules_to_save")
-    layers_pattern = _layers_pattern(model, config.layers_to_transform)
+    _check_layers(model, config.layers_to_transform or [])
     names = find_targets(model, config.target, new)
     _check_patterns(model, names, config)
     return wrap(
@@ -87,7 +87,6 @@ def apply_lora(
         rank_pattern=config.rank_pattern or {},
         alpha_pattern=config.alpha_pattern or {},
         layers_to_transform=config.layers_to_transform,
-        layers_pattern=layers_pattern,
         bias=config.bias,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
@@ -126,24 +125,15 @@ def _check_patterns(model: PreTrainedModel, names: Sequence[str], config: LoraSe
                 )
 
 
-def _layers_pattern(model: PreTrainedModel, layers: Sequence[int] | None) -> list[str] | None:
-    """What a model calls its stacks of layers, for PEFT to count by where only some are meant.
-
-    Left to itself PEFT counts by the last number in a path, which in T5 is not a layer's.
-    """
-    if layers is None:
-        return None
+def _check_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
+    """Checks that a model has the layers that are named; PEFT passes over others."""
     from torch import nn
 
-    stacks: dict[str, int] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{s}.") for s in stacks):
-            stacks[path] = len(module)
-    depth = max(stacks.values(), default=0)
+    stacks = [len(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    depth = max(stacks, default=0)
     for layer in layers:
         if not 0 <= layer < depth:
             raise ConfigError(
                 f"peft.layers_to_transform names layer {layer}, but {type(model).__name__} has "
                 f"{depth} layers, counted from 0."
             )
-    return sorted({path.rpartition(".")[2] for path in stacks})

@@ -31,7 +31,7 @@ from clpeft.peft_methods.adalora import (
 from clpeft.peft_methods.base import apply_peft
 from clpeft.training.guard import Guard
 from tests.peft_methods.models import llama, logits, moved, training
-from tests.running import Outcome, build_it, run_it, same_run
+from tests.running import Outcome, build_it, killed_at, run_it, same_run
 
 Overrides = Callable[..., list[str]]
 Finished = Callable[..., Outcome]
@@ -280,6 +280,17 @@ def test_every_task_takes_ranks_away_by_its_own_steps(finished: Finished) -> Non
     assert ranks == [[6.0, 6.0, 15 / 4, 15 / 4, 3.0, 3.0, 3.0, 3.0]] * 2
 
 
+def test_tasks_of_unequal_lengths(finished: Finished) -> None:
+    outcome = finished("cumulative", TWO, peft="adalora")
+    ranks = [[step["train/adalora/rank"] for step in outcome.steps(task)] for task in (0, 1)]
+
+    assert ranks[0] == [6.0, 6.0, 15 / 4, 15 / 4, 3.0, 3.0, 3.0, 3.0]
+    # of sixteen steps all ranks up to the first, and the last choice after the twelfth: of 24 there
+    # are left 12 + 12 · (10/11)³ = 21.0, 12 + 12 · (8/11)³ = 16.6, 13.9 and 12.6
+    assert ranks[1] == [6.0] * 2 + [21 / 4] * 2 + [16 / 4] * 2 + [13 / 4] * 2 + [12 / 4] * 8
+    assert adapter(outcome, 2)[0]["total_step"] == 16
+
+
 def test_term_is_in_the_loss_of_every_step(
     finished: Finished, tiny: Overrides, tmp_path: Path
 ) -> None:
@@ -399,6 +410,24 @@ def test_stopped_after_a_task_it_ends_in_the_same_bits(
     resumed = run_it(tiny("finetune", TWO, peft="adalora"), tmp_path / "run")
 
     same_run(resumed, finished("finetune", TWO, peft="adalora"))
+
+
+@pytest.mark.parametrize("step", [11, 14])
+def test_killed_before_and_after_the_choice_it_ends_in_the_same_bits(
+    finished: Finished, tiny: Overrides, tmp_path: Path, step: int
+) -> None:
+    """The sixth of the second task's eight steps is the one after which the choice stands."""
+    every = (TWO, "training.checkpoint.every_steps=1")
+    killed_at(tiny("finetune", *every, peft="adalora"), tmp_path / "run", step)
+    resumed = run_it(tiny("finetune", *every, peft="adalora"), tmp_path / "run")
+    whole = finished("finetune", *every, peft="adalora")
+
+    same_run(resumed, whole)
+    one, other = (outcome.read(f"step-{step + 1}-task-1") for outcome in (resumed, whole))
+    for name in ("importance", "uncertainty", "kept"):
+        found, expected = (state["strategies"]["1"][name] for state in (one, other))
+        assert all(map(torch.equal, found, expected))
+        assert len(found) == len(expected)
 
 
 def test_state_is_that_of_the_middle_of_a_task(tiny: Overrides, tmp_path: Path) -> None:

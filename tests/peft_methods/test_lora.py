@@ -194,7 +194,7 @@ def test_some_layers() -> None:
 
 
 def test_layers_are_those_of_the_stack() -> None:
-    """In T5 the last number in a path is not a layer's but a sublayer's."""
+    """In T5 a path has two numbers: of the block, which is meant, and of what lies in it."""
     model = apply_peft(t5(), settings(layers_to_transform=[1]), "seq2seq_lm", [])
 
     # encoder.block.1.layer.0, decoder.block.1.layer.0 and decoder.block.1.layer.1
