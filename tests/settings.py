@@ -271,6 +271,19 @@ _WARMUP = (
     "model.warmup.vocabulary=600",
 )
 TINY_MODELS = {
+    # the same, wide enough for 4 bits: on a CPU the rows that are stored so are multiples of 64
+    "wide_llama": (
+        "model=tiny_llama",
+        "model.architecture.hidden_size=64",
+        "model.architecture.intermediate_size=128",
+        *_WARMUP,
+    ),
+    "wide_bert": (
+        "model=tiny_bert",
+        "model.architecture.hidden_size=64",
+        "model.architecture.intermediate_size=128",
+        *_WARMUP,
+    ),
     "tiny_llama": (
         "model=tiny_llama",
         "model.architecture.hidden_size=32",

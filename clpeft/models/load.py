@@ -156,7 +156,7 @@ def load_model(
         skeleton, found = _loaded(auto, source, config, **options, device_map="meta")
         _check_is_plain(skeleton, source)
         kept = kept_whole(skeleton, _new_modules(found), whole)
-        options["quantization_config"] = quantization.told(kept)
+        options["quantization_config"] = quantization.told(skeleton, kept)
     model, found = _loaded(auto, source, config, **options)
     check_plain(model, found["unexpected_keys"], source)
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -245,10 +245,10 @@ def _check_is_plain(model: PreTrainedModel, source: str) -> None:
         ConfigError: If it is: what of it is quantized, and how, would not be what the run's
             settings say.
     """
-    if stored := model.config.to_dict().get("quantization_config"):
+    if "quantization_config" in model.config.to_dict():
         raise ConfigError(
-            f"The model at {source} is stored quantized already ({stored['quant_method']}); take "
-            f"one with plain weights, and quantization=nf4 or int8."
+            f"The model at {source} is stored quantized already; take one with plain weights, and "
+            f"quantization=nf4 or int8."
         )
 
 

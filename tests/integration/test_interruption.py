@@ -76,6 +76,32 @@ def test_killed_with_another_kind_of_model(
     same_run(run_it(tiny(name, EVERY, model=model), tmp_path / "run"), whole)
 
 
+# moments in 8 bits are those of more than 4096 numbers, which whole layers have
+EIGHT_BIT = ("optimizer=adamw_8bit", "optimizer.lr=5e-3", "peft.modules_to_save=[down_proj]")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [("quantization=nf4",), ("quantization=int8",), EIGHT_BIT, ("quantization=nf4", *EIGHT_BIT)],
+    ids=lambda more: " ".join(option.partition("=")[2] for option in more[:2]),
+)
+def test_killed_with_few_bits(
+    tiny: Overrides, bases: Callable[[str], Path], tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    wide = f"model.path={bases('wide_llama')}"
+    overrides = tiny("ewc", wide, "stream.num_tasks=2", *more)
+    whole = run_it([*overrides, EVERY], tmp_path / "whole")
+    killed_at([*overrides, EVERY], tmp_path / "run", 13)
+    same_run(run_it([*overrides, EVERY], tmp_path / "run"), whole)
+
+    if "optimizer=adamw_8bit" in more:
+        states = whole.read("step-12-task-1")["course"]["optimizer"]["state"].values()
+        kept = [state["__bnb_optimizer_quant_state__"]["state1"] for state in states]
+        assert {k.dtype for k in kept if k.numel() >= 4096} == {torch.uint8}
+        assert {k.dtype for k in kept if k.numel() < 4096} == {torch.float32}
+        assert max(k.numel() for k in kept) == 64 * 128
+
+
 def signalled(owner: Any, method: str, when: int, number: signal.Signals) -> Any:
     """A patch under which the process gets a signal at the `when`-th call of a method."""
     original, calls = getattr(owner, method), iter(range(1, 10_000))

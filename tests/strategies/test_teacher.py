@@ -90,6 +90,32 @@ def test_tied_weights_are_replaced_everywhere(tiny: Overrides, tmp_path: Path) -
     assert not torch.allclose(found, before, atol=0.1)
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_teacher_over_a_quantized_base(
+    tiny: Overrides, bases: Fixture, tmp_path: Path, quantization: str
+) -> None:
+    wide = f"model.path={bases('wide_llama')}"
+    overrides = tiny("finetune", wide, f"quantization={quantization}")
+    run, other = (experiment.build_run(compose(overrides)[1], tmp_path) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: p.detach() + 0.1 * torch.randn(p.shape, generator=generator)
+        for name, p in run.trainable.items()
+    }
+    with torch.no_grad():
+        for name, parameter in other.trainable.items():
+            parameter.copy_(weights[name])
+    batch = run.loader(run.stream.tasks[0].train).batch(0)
+    run.model.train()
+
+    found, _ = teacher_of(run, weights)(batch)
+    with torch.no_grad(), other.eval_mode():
+        expected, _ = other.objective.predicted(other.objective.forward(other.model, batch), batch)
+        student, _ = other.objective.predicted(run.objective.forward(run.model, batch), batch)
+    assert torch.equal(found, expected)
+    assert not torch.allclose(found, student, atol=0.1)
+
+
 def test_lookup_by_hand() -> None:
     # example 5 has two targets, example 2 one; the rest are not known
     cache = CachedOutputs(
