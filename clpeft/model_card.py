@@ -41,6 +41,10 @@ def model_card(models: Models, number: int, config: ModelConfig, *, merged: bool
     frozen = models.record.frozen
     assert frozen is not None, "a run's directory holds its config"
     strategies = ", ".join(f"`{name}`" for name in frozen.strategies)
+    stored = serving.quantization["method"]
+    likewise = (
+        "" if merged or stored == "none" else f"the base quantized ({stored}) as it was, and "
+    )
     parts = [
         _head(config, merged),
         f"# {config.name} after task {number} of {len(stream.tasks)}, `{task.name}`",
@@ -50,7 +54,7 @@ def model_card(models: Models, number: int, config: ModelConfig, *, merged: bool
         _scores(models, stream, number),
         "## Loading",
         f"```python\n{_loading(config, stream, merged)}```",
-        "or, with the prompt and the labels that it was trained with:",
+        f"or, with {likewise}the prompt and the labels that it was trained with:",
         f'```python\nimport clpeft\n\nloaded = clpeft.load("{HERE}")\nloaded.predict(["..."])\n```',
         "## Input",
         _input(config, stream, task),

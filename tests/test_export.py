@@ -194,6 +194,7 @@ def test_card(finished: Finished, tmp_path: Path) -> None:
     assert "one after another, with `ewc`." in card
     assert "Task: birchford\nWhich desk gets this letter?\nOption: north, south, east, west" in card
     assert "\nstrategies.ewc.lambda_=20" in card
+    assert "\nor, with the prompt and the labels that it was trained with:\n" in card
     assert done.told == f"The adapter after task 2 is in {done.folder}."
 
 
