@@ -122,8 +122,8 @@ def _misread(skeleton: PreTrainedModel, kept: Sequence[str]) -> list[str]:
     ]
     if found:
         log.warning(
-            "%d linear layers stay in floating point: bitsandbytes misreads on a CPU what has other "
-            "than a multiple of %d inputs (%s, ...)",
+            "%d linear layers stay in floating point: bitsandbytes misreads on a CPU what has "
+            "other than a multiple of %d inputs (%s, ...)",
             *(len(found), BLOCK, found[0]),
         )
     return found

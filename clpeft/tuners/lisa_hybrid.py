@@ -57,7 +57,7 @@ class LisaHybridModel(LoraModel):
     classification head that pools where the first token stands.
     """
 
-    def _pre_injection_hook(self, model: nn.Module, config: LisaHybridConfig, name: str) -> None:
+    def _pre_injection_hook(self, model: Any, config: LisaHybridConfig, name: str) -> None:
         self.soft_prompt = nn.ModuleDict()
         self._reads_prompt = True
         self._order: Tensor | None = None  # `places` in the call under way, if it reads the prompt
@@ -71,9 +71,7 @@ class LisaHybridModel(LoraModel):
                 hooks = [reader.register_forward_hook(self._take_out)]
         self._hooks = [*hooks, reader.register_forward_pre_hook(self._put_in, with_kwargs=True)]
 
-    def inject_adapter(
-        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
-    ) -> None:
+    def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config, embeddings = self.peft_config[adapter_name], model.get_input_embeddings()
         config.token_dim = embeddings.embedding_dim
@@ -121,7 +119,7 @@ class LisaHybridModel(LoraModel):
 
     def _prompts(self, rows: int) -> Tensor:
         """The embeddings of the active adapters' prompts, one after another: [rows, V, D]."""
-        prompts = [self.soft_prompt[name] for name in self.active_adapters]
+        prompts: list[Any] = [self.soft_prompt[name] for name in self.active_adapters]
         # looked up for every example, so that each has gradients of its own
         every = [torch.arange(len(p.weight), device=p.weight.device) for p in prompts]
         found = [p(ids.expand(rows, -1)) for p, ids in zip(prompts, every, strict=True)]

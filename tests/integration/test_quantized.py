@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+
 import pytest
 import torch
 from peft import PeftModel
@@ -88,7 +89,9 @@ def test_only_what_trains_has_gradients_and_optimizer_state(
     assert [m.shape for m in moments] == [p.shape for p in run.trainable.values()]
     assert {m.dtype for m in moments} == {torch.float32}
     assert {p.dtype for p in run.trainable.values()} == {torch.float32}
-    assert not any(p.grad is not None for n, p in run.model.named_parameters() if n not in run.trainable)
+    assert not any(
+        p.grad is not None for n, p in run.model.named_parameters() if n not in run.trainable
+    )
     batch = run.loader(run.stream.tasks[0].train).batch(0)
     run.mean_loss(batch).backward()
     found = {n for n, p in run.model.named_parameters() if p.grad is not None}
@@ -96,7 +99,7 @@ def test_only_what_trains_has_gradients_and_optimizer_state(
 
 
 # How far a step's loss may be from the one on a base that is not quantized. 4 bits leave 16 levels
-# to each block of 64 weights, an error of a tenth of the weights' spread; 8 bits one of a hundredth.
+# to each block of 64 weights, an error of a tenth of the weights' spread; 8 bits of a hundredth.
 CLOSE = {"nf4": 0.1, "int8": 0.03}
 
 
@@ -108,11 +111,14 @@ def test_loss_falls_as_on_a_base_that_is_not_quantized(wide: Overrides, tmp_path
         outcome = run_it(wide("finetune", *more), tmp_path / kind)
         losses[kind] = [step["train/loss"] for step in outcome.logged_steps]
         # an eighth of the size, or a quarter, and what the scales take; the rest is embeddings
-        assert outcome.results["cost"]["base_bytes"] == {
-            "none": 482560,
-            "nf4": 212408,
-            "int8": 241408,
-        }[kind]
+        assert (
+            outcome.results["cost"]["base_bytes"]
+            == {
+                "none": 482560,
+                "nf4": 212408,
+                "int8": 241408,
+            }[kind]
+        )
 
     assert len(losses["none"]) == 16
     assert losses["none"][-1] < losses["none"][0] / 2
@@ -130,9 +136,7 @@ def test_saved_adapter_is_the_model_that_was_trained(
     outcome = run_it(overrides, tmp_path / "run")
     run, (folder,) = outcome.run, (outcome.directory / "adapters").iterdir()
     config = run.config
-    base, _ = load_model(
-        config.model, config.model.path, run.tokenizer, 4, config.quantization
-    )
+    base, _ = load_model(config.model, config.model.path, run.tokenizer, 4, config.quantization)
     loaded = PeftModel.from_pretrained(base, folder)
     batch = run.loader(run.stream.tasks[0].test, shuffle=False).batch(0)
     with torch.no_grad():

@@ -73,8 +73,8 @@ def quantized(model: nn.Module) -> set[str]:
     return {n for n, m in model.named_modules() if isinstance(m, (Linear4bit, Linear8bitLt))}
 
 
-# A small Llama: two layers of four matrices 64 × 64 and three of 64 × 128, and in float32 600 tokens
-# of 64 numbers and five norms; its head is tied to its embeddings.
+# A small Llama: two layers of four matrices 64 × 64 and three of 64 × 128, and in float32 600
+# tokens of 64 numbers and five norms; its head is tied to its embeddings.
 WEIGHTS = 2 * (4 * 64 * 64 + 3 * 64 * 128)
 FLOATING = 4 * (600 * 64 + 5 * 64)
 BYTES = {
@@ -162,7 +162,8 @@ def test_transposed_layers_are_quantized_too(tmp_path: Path) -> None:
     plain, _ = load(folder, NONE)
 
     assert quantized(model) == {
-        f"transformer.h.0.{path}" for path in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+        f"transformer.h.0.{path}"
+        for path in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     }
     # 16 levels between −1 and 1: a tenth of the weights' spread
     found, expected = model(input_ids=ids).logits, plain(input_ids=ids).logits
@@ -265,7 +266,7 @@ def input_gradient(model: Any) -> Tensor:
 
 
 def test_evaluating_does_not_cut_the_base_out_of_later_gradients(bases: Bases) -> None:
-    """On a CPU with AVX512-BF16 bitsandbytes would pack the weights anew in the first evaluation."""
+    """On a CPU with AVX512-BF16 bitsandbytes would pack the weights anew when it evaluates."""
     model, _ = load(bases("wide_llama"), NF4)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     first = input_gradient(model)
