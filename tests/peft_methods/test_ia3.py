@@ -14,7 +14,6 @@ from clpeft.config import ConfigError
 from clpeft.models.load import count_parameters
 from clpeft.peft_methods.base import apply_peft
 from clpeft.peft_methods.ia3 import IA3Settings, find_scaled
-from tests.models.test_targets import BART, GPT2, GROUPED, LAYERS, OPT, SPECIAL, T5
 from tests.peft_methods.models import (
     NEW_IN_BERT,
     bert,
@@ -25,6 +24,28 @@ from tests.peft_methods.models import (
     t5,
     training,
 )
+
+LAYERS = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 32,
+    "max_position_embeddings": 64,
+}
+SPECIAL = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+GROUPED = {**LAYERS, "num_key_value_heads": 2}
+GPT2 = {"n_embd": 16, "n_layer": 1, "n_head": 4, "n_positions": 64}
+BART = {
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 16,
+    "decoder_ffn_dim": 16,
+}
+OPT = {**LAYERS, "ffn_dim": 32, "word_embed_proj_dim": 16}
+T5 = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 1, "num_heads": 4}
 
 AUTO = IA3Settings(method="ia3", target="auto")
 # architecture → how its paths end of what is scaled: keys and values, feed-forward layers

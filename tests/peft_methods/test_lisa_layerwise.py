@@ -24,9 +24,8 @@ from transformers import (
     AutoTokenizer,
 )
 
-from clpeft import composition
 from clpeft.composition import settle
-from clpeft.config import ConfigError, QuantizationConfig
+from clpeft.config import ConfigError
 from clpeft.experiment import build_run
 from clpeft.models.layers import layers_of
 from clpeft.peft_methods.lisa_layerwise import (
@@ -531,10 +530,8 @@ def test_more_layers_than_there_are() -> None:
 
 
 def test_quantized_base() -> None:
-    config = settle(compose_only(["peft=lisa_layerwise"]))
-    config.quantization = QuantizationConfig(method="nf4")
     with pytest.raises(ConfigError, match=r"trains the base's own weights in floating point"):
-        composition._check_peft(config)
+        settle(compose_only(["peft=lisa_layerwise", "quantization=nf4"]))
 
 
 def test_running_fisher() -> None:
