@@ -47,9 +47,11 @@ real: $(RUN) ## eight strategies on real text, half an hour: make real CLPEFT_DA
 		paths.output_dir=outputs/real
 	$(BIN)/clpeft report outputs/real
 
-.PHONY: test test-all
+.PHONY: test test-matrix test-all
 test: $(DEV) ## the tests: of the long matrices a sample in which every strategy comes up
 	$(BIN)/python -m pytest -n 2 -m "not slow"
+test-matrix: $(DEV) ## every strategy with every PEFT method, base and kind of model
+	$(BIN)/python -m pytest -n 2 tests/integration/test_combinations.py
 test-all: $(DEV) ## all tests, those of the long matrices too
 	$(BIN)/python -m pytest -n 2
 

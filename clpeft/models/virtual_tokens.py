@@ -72,9 +72,8 @@ def find_last_token(model: PeftModel) -> None:
     a batch.
     """
     base = model.get_base_model()
-    if not model.active_peft_config.is_prompt_learning or "score" not in dict(
-        base.named_children()
-    ):
+    counts = "score" in dict(base.named_children())  # the ids, up to the last that is no padding
+    if not (counts and model.active_peft_config.is_prompt_learning):
         return
     last: list[Tensor] = []
 

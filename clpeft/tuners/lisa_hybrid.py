@@ -121,7 +121,7 @@ class LisaHybridModel(LoraModel):
         """The embeddings of the active adapters' prompts, one after another: [rows, V, D]."""
         prompts: list[Any] = [self.soft_prompt[name] for name in self.active_adapters]
         # looked up for every example, so that each has gradients of its own
-        every = [torch.arange(len(p.weight), device=p.weight.device) for p in prompts]
+        every = [torch.arange(p.num_embeddings, device=p.weight.device) for p in prompts]
         found = [p(ids.expand(rows, -1)) for p, ids in zip(prompts, every, strict=True)]
         return torch.cat(found, dim=1)
 

@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
-from clpeft.config import ConfigError
+from clpeft.config import ConfigError, ModelConfig
 from clpeft.models.load import count_parameters, load_model
 from clpeft.peft_methods.base import apply_peft
 from clpeft.peft_methods.carried import take_over
@@ -135,10 +139,8 @@ def test_settings_that_cannot_work(options: list[str], told: str) -> None:
 
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
 def test_a_run_may_go_on_from_a_learned_one(
-    bases: Callable[[str], Path], tiny: Callable[..., list[str]], tmp_path: Path, method: str
+    bases: Callable[[str], Path], tmp_path: Path, method: str
 ) -> None:
-    from clpeft.config import ModelConfig
-
     folder = bases("tiny_llama")
     first = apply_peft(
         AutoModelForCausalLM.from_pretrained(folder), settings(method), "causal_lm", []
@@ -168,10 +170,6 @@ def test_a_run_may_go_on_from_a_learned_one(
 def test_a_classifier_gone_on_with_finds_the_last_token_too(
     bases: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    from transformers import AutoModelForSequenceClassification
-
-    from clpeft.config import ModelConfig
-
     folder = bases("tiny_llama")
     base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=4)
     tokenizer = AutoTokenizer.from_pretrained(folder)
