@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from clpeft import evidence
 from clpeft.capabilities import capability_table
 from clpeft.catalogue import catalogue
+from clpeft.combinations import table as combinations
 from clpeft.models.architectures import target_table
 from clpeft.models.own import ABILITIES
 from clpeft.peft_methods.any import AnySettings
@@ -213,6 +214,12 @@ def test_every_declared_conflict_is_in_the_docs() -> None:
     for method in PEFT_METHODS:
         for strategy, reason in method.config.conflicts.items():
             assert f"| `{strategy}` with `peft={method.name}` | {reason} |" in told
+
+
+def test_table_of_combinations_is_what_compositions_say() -> None:
+    page = (ROOT / "docs/combinations.md").read_text()
+
+    assert "\n".join(combinations()) in page
 
 
 def test_table_of_capabilities_is_the_strategies_own() -> None:
