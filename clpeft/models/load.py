@@ -25,7 +25,7 @@ from clpeft.models.quantize import QuantizationConfig, kept_whole, number_of_wei
 from clpeft.models.virtual_tokens import virtual_tokens
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from clpeft.streams.base import Stream
 
@@ -141,6 +141,7 @@ def load_model(
     if isinstance(config, OwnModelConfig):
         return build_own(config, tokenizer, labels)
     source = whole_source(source)
+    _check_is_plain(source, config)
     options: dict[str, Any] = {"dtype": _dtype(config.dtype), "output_loading_info": True}
     if config.attention is not None:
         options["attn_implementation"] = config.attention
@@ -154,7 +155,6 @@ def load_model(
     if quantization.method != "none":
         # what it is made of, without its weights: which modules are new is known only then
         skeleton, found = _loaded(auto, source, config, **options, device_map="meta")
-        _check_is_plain(skeleton, source)
         kept = kept_whole(skeleton, _new_modules(found), whole)
         options["quantization_config"] = quantization.told(skeleton, kept)
     model, found = _loaded(auto, source, config, **options)
@@ -162,8 +162,6 @@ def load_model(
     model.config.pad_token_id = tokenizer.pad_token_id
     if quantization.method != "none":
         model = prepare(model)
-    else:
-        _check_is_plain(model, source)
     return model, _new_modules(found)
 
 
@@ -238,14 +236,17 @@ def _new_modules(found: dict[str, Any]) -> list[str]:
     return sorted({name.rpartition(".")[0] for name in found["missing_keys"]})
 
 
-def _check_is_plain(model: PreTrainedModel, source: str) -> None:
+def _check_is_plain(source: str, config: ModelConfig) -> None:
     """Checks that a model's source is not quantized.
 
     Raises:
         ConfigError: If it is: what of it is quantized, and how, would not be what the run's
             settings say.
     """
-    if "quantization_config" in model.config.to_dict():
+    from transformers import PretrainedConfig
+
+    found, _ = PretrainedConfig.get_config_dict(source, revision=config.revision or "main")
+    if "quantization_config" in found:
         raise ConfigError(
             f"The model at {source} is stored quantized already; take one with plain weights, and "
             f"quantization=nf4 or int8."

@@ -5,16 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from omegaconf import MISSING
-from torch import nn
 
 from clpeft.config import Config, ConfigError, ModelConfig, at_least
-from clpeft.models.generated import train_tokenizer
 from clpeft.models.targets import ANSWERING
 from clpeft.registry import MODELS
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
     from clpeft.streams.base import Stream
@@ -128,6 +126,8 @@ def own_tokenizer(config: OwnModelConfig, stream: Stream) -> PreTrainedTokenizer
     """
     from transformers import AutoTokenizer
 
+    from clpeft.models.generated import train_tokenizer
+
     if config.tokenizer is None:
         texts = sorted({*stream.training_text(), *stream.neutral_text(config.weights_seed)})
         return train_tokenizer(texts, config.vocabulary)
@@ -159,6 +159,9 @@ def build_own(
     Raises:
         ConfigError: If what the function gives is no module, or has no such head.
     """
+    import torch
+    from torch import nn
+
     # its own random state: the same base for all seeds of a study, and the run's draws unchanged
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.weights_seed)
@@ -206,6 +209,8 @@ def check_forward(config: ModelConfig, model: nn.Module, labels: int, longest: i
     Raises:
         ConfigError: If it does not.
     """
+    import torch
+
     if not isinstance(config, OwnModelConfig):
         return
     ids, training = torch.zeros(1, longest, dtype=torch.long), model.training

@@ -7,13 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from omegaconf import MISSING
-from torch import nn
 
 from clpeft.config import at_least, one_of
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
@@ -109,6 +108,9 @@ def _misread(skeleton: PreTrainedModel, kept: Sequence[str]) -> list[str]:
     go on from one row into the next, weights are given the scales of others (seen in 0.50.2, with
     rows of 16 to 176 weights, errors of 60 to 100 %).
     """
+    import torch
+    from torch import nn
+
     if torch.accelerator.is_available():
         return []
     found = [

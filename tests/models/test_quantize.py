@@ -28,7 +28,7 @@ from clpeft.models.quantize import (
     base_bytes,
 )
 from clpeft.peft_methods.base import apply_peft
-from clpeft.peft_methods.lora import LoraSettings
+from tests.peft_methods.test_lora import settings as lora
 from tests.running import build_it, same_bits
 
 Bases = Callable[[str], Path]
@@ -220,9 +220,7 @@ def test_head_of_two_layers_stays_in_floating_point(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_modules_that_train_whole_are_not_quantized(bases: Bases, kind: str) -> None:
     model, _ = load(bases("wide_llama"), KINDS[kind][0], whole=("down_proj",))
-    settings = LoraSettings(
-        "lora", r=2, alpha=4, dropout=0.0, target="auto", bias="none", modules_to_save=["down_proj"]
-    )
+    settings = lora(modules_to_save=["down_proj"])
     model = apply_peft(model, settings, "causal_lm", [])
 
     assert not any("down_proj" in name for name in quantized(model))
@@ -235,7 +233,7 @@ def test_modules_that_train_whole_are_not_quantized(bases: Bases, kind: str) -> 
 def test_what_is_not_quantized_computes_in_float32(bases: Bases, kind: str) -> None:
     folder = bases("wide_bert")
     model, new = load(folder, KINDS[kind][0], "sequence_classification", dtype="bfloat16")
-    settings = LoraSettings("lora", r=2, alpha=4, dropout=0.0, target="auto", bias="none")
+    settings = lora()
     model = apply_peft(model, settings, "sequence_classification", new)
 
     stored = {"nf4": torch.uint8, "int8": torch.int8}[kind]

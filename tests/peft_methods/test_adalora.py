@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from peft.tuners.adalora.layer import RankAllocator
 from safetensors.torch import load_file
 from torch import Tensor
@@ -443,27 +442,3 @@ def test_state_is_that_of_the_middle_of_a_task(tiny: Overrides, tmp_path: Path) 
     assert all(float(tensor.abs().max()) > 0 for tensor in middle["importance"])
     assert sum(int(kept.sum()) for kept in settled["kept"]) == MODULES * TARGET
     assert (settled["importance"], settled["settled"]) == ([], True)
-
-
-def test_adapter_that_a_model_brings_along_keeps_its_ranks(
-    finished: Finished, tiny: Overrides, tmp_path: Path
-) -> None:
-    """A second run starts from the first task's adapter of another."""
-    first = finished("finetune", TWO, peft="adalora")
-    (folder,) = (first.directory / "adapters").glob("1_*")
-    overrides = [o for o in tiny("finetune", TWO, peft="adalora") if "model.path" not in o]
-    outcome = run_it([*overrides, f"model.path={folder}"], tmp_path / "run")
-
-    carried, _ = adapter(first, 1)
-    config, _ = adapter(outcome, 2)
-    assert config["rank_pattern"] == carried["rank_pattern"]
-    assert all(step["train/adalora/rank"] == TARGET for step in outcome.logged_steps)
-    values = {n: p for n, p in outcome.trainable.items() if "lora_E" in n}
-    assert sum(value.numel() for value in values.values()) == MODULES * TARGET
-    assert any(not torch.equal(outcome.before[n], value) for n, value in values.items())
-    base = type(outcome.run.model.get_base_model()).from_pretrained(
-        carried["base_model_name_or_path"]
-    )
-    (last,) = (outcome.directory / "adapters").glob("2_*")
-    loaded = PeftModel.from_pretrained(base, last)
-    assert torch.equal(logits(loaded), logits(outcome.run.model))

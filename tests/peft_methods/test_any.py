@@ -26,7 +26,6 @@ from tests.peft_methods.models import (
     t5,
     training,
 )
-from tests.peft_methods.test_lora import settings as lora
 from tests.running import compose
 
 # without nvcc there is no CUDA extension of BOFT's; it is not needed for one butterfly factor
@@ -204,14 +203,6 @@ def test_butterflies_that_cannot_be_computed(monkeypatch: pytest.MonkeyPatch) ->
     two.check()
     with pytest.raises(ConfigError, match="boft_n_butterfly_factor is more than 1, for which"):
         apply_peft(llama(), two, "causal_lm", [])
-
-
-def test_adapter_of_another_type_is_named_by_its_type() -> None:
-    model = apply_peft(llama(), settings("LOHA", options={"r": 2}), "causal_lm", [])
-
-    assert apply_peft(model, settings("LOHA"), "causal_lm", []) is model
-    with pytest.raises(ConfigError, match=r"carries a loha adapter .* choose peft=any peft\.type="):
-        apply_peft(model, lora(), "causal_lm", [])
 
 
 @pytest.mark.parametrize(

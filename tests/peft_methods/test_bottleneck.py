@@ -35,7 +35,6 @@ from clpeft.config import ConfigError
 from clpeft.models.load import count_parameters
 from clpeft.peft_methods.base import apply_peft
 from clpeft.peft_methods.bottleneck import BottleneckSettings
-from clpeft.peft_methods.full import FullConfig
 from clpeft.training.loop import Loop
 from clpeft.tuners.bottleneck import BottleneckConfig, BottleneckLayer
 from tests.running import Outcome, compose_only, run_it, same_bits
@@ -510,14 +509,6 @@ def test_merging_is_refused(merge: str) -> None:
         "and a weight is linear; keep the adapter beside the model."
     )
     assert torch.equal(logits(model), before)
-
-
-def test_model_that_carries_the_adapter_is_not_wrapped_again() -> None:
-    model = adapted("llama")
-
-    assert apply_peft(model, settings(bottleneck=2), "causal_lm", []) is model
-    with pytest.raises(ConfigError, match=r"carries a bottleneck adapter already; choose peft=b"):
-        apply_peft(model, FullConfig(method="full"), "causal_lm", [])
 
 
 # Beside layers of other kinds.

@@ -10,7 +10,6 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from clpeft.config import ConfigError
 from clpeft.models.load import count_parameters
 from clpeft.peft_methods.base import apply_peft
 from clpeft.peft_methods.frozen import FrozenConfig
@@ -22,7 +21,6 @@ from tests.peft_methods.models import (
     moved,
     training,
 )
-from tests.peft_methods.test_lora import settings as lora
 
 FROZEN = FrozenConfig(method="frozen")
 
@@ -74,14 +72,3 @@ def test_heads_are_saved_loaded_and_switched_by_peft_alone(tmp_path: Path) -> No
     for name, logit in (("second", expected[1]), ("first", expected[0])):
         loaded.set_adapter(name)
         assert torch.equal(logits(loaded), logit)
-
-
-def test_a_model_that_carries_a_head_is_known_as_frozen(tmp_path: Path) -> None:
-    model = apply_peft(bert(), FROZEN, "sequence_classification", NEW_IN_BERT)
-
-    assert apply_peft(model, FROZEN, "sequence_classification", []) is model
-    with pytest.raises(ConfigError, match=r"carries a frozen adapter already; choose peft=frozen"):
-        apply_peft(model, lora(), "sequence_classification", [])
-    carrying = apply_peft(bert(), lora(), "sequence_classification", [])
-    with pytest.raises(ConfigError, match=r"peft=frozen was asked for, .* carries a lora adapter"):
-        apply_peft(carrying, FROZEN, "sequence_classification", [])

@@ -114,6 +114,8 @@ def write_run(tmp_path: Path) -> WriteRun:
                 "seconds_per_step": SECONDS_PER_STEP.get((strategies[0], seed), 0.1),
                 "peak_memory_bytes": (seed + 1) * 2**20,
                 "state_bytes": [0, 1024, 2048],
+                "steps_per_second": 5.0,
+                "base_bytes": 2 * 2**20,
             },
             "parameters": {"total": 1_000_000, "trainable": 10_000, "percent": 1.0},
             "environment": {"torch": "2.13.0", "git_commit": "c0ffee1", "device": "cpu"},
