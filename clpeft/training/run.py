@@ -135,7 +135,7 @@ class Run:
     @property
     def progress(self) -> float:
         """What share of the current task's steps was made before this one, from 0 to 1."""
-        return (self.step_of_task - 1) / self.steps_of_task
+        return (self.step_of_task - 1) / self.steps_of_task if self.steps_of_task else 0.0
 
     def agree(self, *wishes: int) -> list[int]:
         """The largest of each number over all processes, which all must call this together."""
