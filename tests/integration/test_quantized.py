@@ -20,8 +20,6 @@ from tests.running import build_it, compose_only, run_it, same_bits
 from tests.settings import STRATEGY_SETTINGS, models_of
 
 NAMES = sorted(STRATEGY_SETTINGS)
-# what a strategy's sentence names as the way to quantized bases
-WAYS_OUT = {"olora": "strategies.olora.merge_previous=false"}
 KINDS = ("nf4", "int8")
 
 Overrides = Callable[..., list[str]]
@@ -52,10 +50,6 @@ def test_strategy_on_a_base_in_four_bits(wide: Overrides, tmp_path: Path, name: 
         with pytest.raises(ConfigError, match=f"'{name}' needs dense base weights"):
             settle(compose_only(overrides))
         return
-    if name in WAYS_OUT:
-        with pytest.raises(ConfigError, match=f"quantization=nf4 .*; set {WAYS_OUT[name]}"):
-            settle(compose_only(overrides))
-        overrides.append(WAYS_OUT[name])
     outcome = run_it(overrides, tmp_path / "run")
 
     assert all(math.isfinite(step["train/loss"]) for step in outcome.logged_steps)
@@ -70,6 +64,12 @@ def test_strategy_on_a_base_in_four_bits(wide: Overrides, tmp_path: Path, name: 
     # a second load quantizes to the same bits, and training has left them
     fresh = build_it(overrides, tmp_path)
     assert same_bits(base_state(outcome.run), base_state(fresh))
+
+
+def test_merging_into_four_bits_is_refused_with_the_way_out(wide: Overrides) -> None:
+    merging = "strategies.olora.merge_previous=true"
+    with pytest.raises(ConfigError, match=r"set strategies\.olora\.merge_previous=null"):
+        settle(compose_only(wide("olora", "quantization=nf4", merging, model="tiny_llama")))
 
 
 @pytest.mark.parametrize("kind", KINDS)
