@@ -287,6 +287,14 @@ TINY_MODELS = {
         "model.architecture.intermediate_size=128",
         *_WARMUP,
     ),
+    "wide_t5": (
+        "model=tiny_t5",
+        "model.architecture.d_model=64",
+        "model.architecture.d_kv=16",
+        "model.architecture.d_ff=128",
+        *_WARMUP,
+        "model.warmup.steps=0",
+    ),
     "tiny_llama": (
         "model=tiny_llama",
         "model.architecture.hidden_size=32",

@@ -75,6 +75,8 @@ def test_it_trains_or_is_refused(
 
     assert outcome.status["status"] == "completed"
     assert outcome.run.config.quantization.method == cell.quantization
+    in_four_bits = any(type(m).__name__ == "Params4bit" for m in outcome.run.model.parameters())
+    assert in_four_bits == (cell.quantization == "nf4")
     matrix = outcome.results["matrix"]
     if cell.strategy != "joint":  # which trains once, at the end
         assert [[score is None for score in row] for row in matrix[1:]] == [
