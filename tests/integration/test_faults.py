@@ -294,7 +294,7 @@ def test_too_little_memory(
         return torch.empty(10**15)  # PyTorch's own error
 
     if calls is None:
-        monkeypatch.setattr("clpeft.evaluation.evaluator.causal_scorer", greedy)
+        monkeypatch.setattr("clpeft.evaluation.answers.causal_scorer", greedy)
     else:
         original, count = CausalObjective.forward, iter(range(1, 1000))
 
