@@ -71,7 +71,10 @@ def check_plain(model: PreTrainedModel, unexpected: Iterable[str], source: str) 
             f"{source} holds an adapter, which transformers has applied already; put the adapter's "
             f"files into a folder of their own and set model.path to that."
         )
-    inside = [name for name in unexpected if ".base_layer." in name or ".modules_to_save." in name]
+    # transformers tells them as a set: sorted, the same folder gives the same sentence.
+    inside = sorted(
+        name for name in unexpected if ".base_layer." in name or ".modules_to_save." in name
+    )
     if inside:
         raise ConfigError(
             f"{source} holds the weights of a model with an adapter inside it ({inside[0]}); save "
