@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -36,9 +37,16 @@ def orthogonality(matrices: Sequence[Tensor]) -> Tensor:
     Source: Zhang et al. 2023, equation 4; as PEFT and the paper's code have it: the norm rather
         than its square, and the mean rather than the sum.
     """
-    grams = [matrix @ matrix.T for matrix in matrices]
-    identities = [torch.eye(len(gram), dtype=gram.dtype, device=gram.device) for gram in grams]
-    return torch.stack(torch._foreach_norm(torch._foreach_sub(grams, identities))).mean()
+    alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
+    for matrix in matrices:
+        alike[matrix.shape].append(matrix)
+    norms = []
+    for group in alike.values():
+        stacked = torch.stack(group)
+        grams = torch.bmm(stacked, stacked.transpose(1, 2))
+        identity = torch.eye(grams.shape[1], dtype=grams.dtype, device=grams.device)
+        norms.append(torch.linalg.matrix_norm(grams - identity))
+    return torch.cat(norms).mean()
 
 
 def ranks_at(step: int, warmup: int, end: int, first: int, last: int) -> int:
