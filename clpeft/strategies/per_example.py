@@ -333,7 +333,8 @@ def mean_over_examples(
         for scores, weights in scored(batch, seeds[places]):
             adding(function, scores, weights / len(chosen), sums)
 
-    with run.eval_mode(), recorded:
+    # cuDNN differentiates LSTMs, of which P-tuning has one, in training mode only
+    with run.eval_mode(), torch.backends.cudnn.flags(enabled=False), recorded:
         for places in mine:
             go_through(places, recorded.add)
         if recorded.single:

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from clpeft import experiment
+from clpeft.strategies.der import DER
 from clpeft.strategies.fisher import fisher_diagonal
 from clpeft.strategies.teacher import teacher_of
 from clpeft.training.run import Run
@@ -213,7 +214,35 @@ def test_a_teacher_has_its_own_prompt(run_of: Callable[..., Run], method: str, m
     said, _ = teacher_of(run, weights)(batch)
     torch.testing.assert_close(said, expected, rtol=1e-5, atol=1e-5)
     assert (said - own).abs().max() > 1e-2
-    # and the student its own again
+    # and the student has its own again
     with torch.no_grad():
         again, _ = run.objective.unmasked(run.objective.forward(run.model, batch), batch)
     assert torch.equal(again, own)
+
+
+@pytest.mark.parametrize(("method", "model"), PAIRS)
+def test_what_der_holds_is_what_the_model_says(
+    tiny: Overrides, tmp_path: Path, method: str, model: str
+) -> None:
+    overrides = overridden(tiny("der", model=model), method)
+    run = experiment.build_run(compose(overrides)[1], tmp_path)
+    (strategy,) = run.strategies
+    assert isinstance(strategy, DER)
+    strategy.setup(run)
+    first, second = run.stream.tasks[:2]
+    run.begin(first)
+    strategy.after_task(run, first)
+    run.begin(second)
+    run.model.eval()
+    # a batch of other texts, padded otherwise than when the logits were read
+    batch = strategy.transform_batch(run, run.loader(second.train).batch(0))
+    run.count_targets([batch])
+
+    with torch.no_grad():
+        held = strategy.loss_terms(run, batch, run.objective.forward(run.model, batch))["der"]
+        for parameter in run.trainable.values():
+            parameter += 0.1
+        moved = strategy.loss_terms(run, batch, run.objective.forward(run.model, batch))["der"]
+    assert batch.parts["der"].num_examples > 0
+    assert float(held) < 1e-8  # squares of float32 rounding
+    assert float(moved) > 1e-4

@@ -18,9 +18,14 @@ from transformers import GenerationConfig
 from clpeft.config import ConfigError
 from clpeft.evaluation.scoring import causal_scorer, left_padded, right_padded, seq2seq_scorer
 from clpeft.models.continuation import continuations
-from clpeft.models.objective import ClassificationObjective
+from clpeft.models.objective import (
+    CausalObjective,
+    ClassificationObjective,
+    takes_logits_to_keep,
+)
+from clpeft.models.sampling import sample
 from clpeft.peft_methods.base import apply_peft
-from clpeft.streams.batch import Batch
+from clpeft.streams.batch import IGNORED, Batch
 from tests.architectures import DECODERS, ENCODER_DECODERS, ENCODERS, build, heads_of
 from tests.peft_methods.learned_prompts import METHODS, moved, settings
 
@@ -134,6 +139,13 @@ def test_decoders(kind: str, method: str) -> None:
     ranked = causal_scorer(model, SimpleNamespace(pad_token_id=0))(TEXTS, CANDIDATES)  # type: ignore[arg-type]
     torch.testing.assert_close(ranked, scores, **TOLERANCE)
 
+    objective, told = CausalObjective(takes_logits_to_keep(model)), CANDIDATES[1]
+    rows = [[*text, *told] for text in TEXTS]
+    labels = right_padded([[IGNORED] * len(text) + told for text in TEXTS], IGNORED)
+    batch = Batch(together(rows), labels, labels[:, 0], torch.arange(3))
+    losses = objective.per_example(objective.forward(model, batch), batch)
+    torch.testing.assert_close(losses, -scores[:, 1], **TOLERANCE)
+
     ids, mask = left_padded(TEXTS, 0)
     written = continuations(model, ids, mask, SETTINGS)
     for row, text in enumerate(TEXTS):
@@ -170,6 +182,21 @@ def test_encoder_decoders(kind: str, method: str) -> None:
     written = continuations(model, inputs["input_ids"], inputs["attention_mask"], SETTINGS)
     for row, text in enumerate(TEXTS):
         assert cut(written[row]) == greedy(lambda so_far, text=text: after(text, so_far))
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix", "lisa_hybrid"])
+def test_sampled_from_the_likeliest_alone(method: str) -> None:
+    model = adapted("llama", "causal_lm", method)
+    tokenizer: Any = SimpleNamespace(pad_token_id=0, eos_token_id=2)
+    rows = sample(
+        *(model, tokenizer, TEXTS[0], 2),
+        max_new_tokens=SETTINGS.max_new_tokens,
+        top_k=1,
+        temperature=1.0,
+        seed=0,
+    )
+    with torch.no_grad():
+        assert rows == [greedy(lambda so_far: alone(model, [*TEXTS[0], *so_far])[-1])] * 2
 
 
 def greedy(after: Any) -> list[int]:
