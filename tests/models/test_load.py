@@ -80,7 +80,7 @@ def test_tokenizer_without_padding_pads_with_its_end(llama: Any, tmp_path: Path)
     tokenizer.save_pretrained(tmp_path)
 
     assert AutoTokenizer.from_pretrained(tmp_path).pad_token is None
-    assert load_tokenizer(config(tmp_path), str(tmp_path)).pad_token == "</s>"
+    assert load_tokenizer(config(tmp_path), str(tmp_path), None).pad_token == "</s>"
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,19 @@ def test_a_file_is_read_once_until_it_is_touched(
     assert len(read) == 2
 
 
+def test_the_hub_s_cache_says_it_by_the_file_s_name(base: Path, tmp_path: Path) -> None:
+    before = known(base, tmp_path)
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    weights = base / "model.safetensors"
+    blob = blobs / hashlib.sha256(weights.read_bytes()).hexdigest()
+    weights.rename(blob)
+    weights.symlink_to(blob)
+    blob.write_bytes(b"not read")
+
+    assert known(base, tmp_path) == before
+
+
 def test_every_part_of_a_model_in_parts_counts(base: Path, tmp_path: Path) -> None:
     parts = tmp_path / "parts"
     AutoModelForCausalLM.from_pretrained(base).save_pretrained(parts, max_shard_size="50KB")
