@@ -69,7 +69,8 @@ def find_sublayers(model: nn.Module, placement: str) -> list[str]:
         ConfigError: If the model's architecture is not known; it names the linear layers that
             there are.
 
-    Source: Houlsby et al. 2019, figure 2; Pfeiffer et al. 2021, figure 3 (right).
+    Source: Houlsby et al. 2019, figure 2; Pfeiffer et al. 2021, as their library AdapterHub has it
+        (original_ln_before and original_ln_after).
     """
     from transformers import PreTrainedModel
 

@@ -114,9 +114,14 @@ def apply_lisa_layerwise(
     """Leaves the model as it is, with every parameter trainable; `LayersInTurn` says when.
 
     Raises:
-        ConfigError: If it has fewer layers than are to train at a time.
+        ConfigError: If it has no layers, or fewer than are to train at a time.
     """
     layers = len(layers_of(model))
+    if not layers:
+        raise ConfigError(
+            f"peft=lisa_layerwise finds no layers in {type(model).__name__}, which has no "
+            f"nn.ModuleList; use peft=full."
+        )
     if layers < config.active_layers:
         raise ConfigError(
             f"peft.active_layers={config.active_layers} is too large: {type(model).__name__} has "

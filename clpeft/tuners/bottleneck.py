@@ -79,8 +79,6 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self._size = output_size(base_layer)
         self._behind_norm = not isinstance(base_layer, nn.Linear | Conv1D)
         self._active_adapter = adapter_name
-        self._disable_adapters = False
-        self.merged_adapters: list[str] = []
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: BottleneckConfig) -> None:

@@ -260,7 +260,7 @@ def test_function_in_a_bert(placement: str) -> None:
         if placement == "houlsby":
             made = made + bottleneck(made, weights_at(model, f"{path}.output.dense"))
         else:
-            # Pfeiffer et al. 2021, figure 3: behind the norm, added before it, normalised again
+            # Pfeiffer et al. 2021: it reads behind the norm, and adds before it
             read = normed(made + x, norm)
             made = made + bottleneck(read, weights_at(model, f"{path}.output.LayerNorm"))
         expected = normed(made + x, norm)

@@ -517,6 +517,16 @@ def test_it_learns(tiny: Overrides, tmp_path: Path, model: str, rate: str, below
 # What is refused.
 
 
+def test_model_without_layers() -> None:
+    settings = LisaLayerwiseSettings(method="lisa_layerwise", active_layers=1, every=5)
+    model: Any = torch.nn.Linear(2, 2)
+    with pytest.raises(ConfigError) as refused:
+        apply_lisa_layerwise(model, settings, "causal_lm", [])
+    assert str(refused.value) == (
+        "peft=lisa_layerwise finds no layers in Linear, which has no nn.ModuleList; use peft=full."
+    )
+
+
 def test_more_layers_than_there_are() -> None:
     settings = LisaLayerwiseSettings(method="lisa_layerwise", active_layers=3, every=5)
     hidden = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 32}
