@@ -65,10 +65,12 @@ format: $(DEV) ## let ruff put things in order
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-.PHONY: bench
+.PHONY: bench bench-peft
 bench: $(DEV) ## speed, and what every strategy costs; CLPEFT_DATA=<folder> MINILM=<folder> for all tables
 	$(BIN)/python -m benchmarks.speed
 	MINILM=$(MINILM) $(BIN)/python -m benchmarks.costs
+bench-peft: $(DEV) ## what every PEFT method trains, takes and scores: the table of benchmarks/peft.md
+	$(BIN)/python -m benchmarks.peft
 
 .PHONY: wheel
 wheel: $(DEV) ## build the wheel

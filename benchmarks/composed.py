@@ -29,6 +29,6 @@ def loop_of(config: Config, directory: Path, observer: Observer | None = None) -
     run = build_run(config, directory)
     checkpoints = Checkpoints(directory, config.training.checkpoint, {})
     loop = make_loop(run, observer or Observer(), checkpoints, StopRequests())
-    for strategy in run.strategies:
+    for strategy in run.acting:
         strategy.setup(run)
     return loop

@@ -24,7 +24,7 @@ def _cells(strategy: type[Strategy]) -> list[str]:
         RUN,
         RUN if strategy.supports_multi_process else REFUSED,
         *(DECLARED if kind in strategy.supports_sharding else REFUSED for kind in DISTRIBUTED),
-        DECLARED if strategy.supports_quantized else REFUSED,
+        RUN if strategy.supports_quantized else REFUSED,
     ]
 
 

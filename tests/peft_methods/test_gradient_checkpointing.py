@@ -1,0 +1,81 @@
+"""Gradient checkpointing under every PEFT method: the same gradients, from fewer activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from clpeft.composition import settle
+from clpeft.config import ConfigError
+from clpeft.registry import PEFT_METHODS
+from clpeft.training.run import Run
+from tests.running import build_it, compose_only
+
+METHODS = [entry.name for entry in PEFT_METHODS]
+Overrides = Callable[..., list[str]]
+
+
+def overrides_of(tiny: Overrides, method: str, *more: str) -> list[str]:
+    """A tiny run with a PEFT method as its YAML has it."""
+    plain = [o for o in tiny("finetune") if not o.startswith("peft.")]
+    return [*plain, f"peft={method}", *more]
+
+
+def gradients(run: Run) -> tuple[list[Tensor], int]:
+    """Of a batch, and how many numbers were kept for the backward pass."""
+    kept = 0
+
+    def keep(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        kept += tensor.numel()
+        return tensor
+
+    batch = run.loader(run.stream.tasks[0].train).batch(0)
+    torch.manual_seed(0)
+    run.model.train()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = run.mean_loss(batch)
+    found = torch.autograd.grad(loss, list(run.trainable.values()), allow_unused=True)
+    return [g for g in found if g is not None], kept
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_are_the_same(
+    tiny: Overrides, tmp_path: Path, method: str, quantization: str
+) -> None:
+    overrides = overrides_of(tiny, method, f"quantization={quantization}")
+    settings = PEFT_METHODS[method].config
+    if quantization != "none" and not settings.supports_quantized:
+        with pytest.raises(ConfigError, match=f"peft={method} {settings.quantized_reason}"):
+            settle(compose_only(overrides))
+        return
+    plain, kept = gradients(build_it(overrides, tmp_path))
+    overrides.append("training.gradient_checkpointing=true")
+    if not settings.supports_gradient_checkpointing:
+        with pytest.raises(ConfigError, match=settings.gradient_checkpointing_reason):
+            settle(compose_only(overrides))
+        return
+    run = build_it(overrides, tmp_path)
+    found, kept_less = gradients(run)
+
+    assert plain
+    assert len(found) == len(plain)
+    for one, other in zip(found, plain, strict=True):
+        assert torch.equal(one, other)
+    assert kept_less < kept / 2
+
+
+def test_nothing_goes_on_below_the_lowest_adapter(tiny: Overrides, tmp_path: Path) -> None:
+    """Frozen embeddings need no gradient: what comes back to them would be computed for nothing."""
+    run = build_it(tiny("finetune", "training.gradient_checkpointing=true"), tmp_path)
+    seen: list[bool] = []
+    embeddings = run.model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda m, i, output: seen.append(output.requires_grad))
+    gradients(run)
+
+    assert seen == [False]
