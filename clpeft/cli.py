@@ -139,6 +139,10 @@ def export(
     base: Annotated[
         Path | None, typer.Option(help="The base model's folder, if it has moved.")
     ] = None,
+    dequantize: Annotated[
+        bool,
+        typer.Option("--dequantize", help="Merge into a quantized base's copy in floating point."),
+    ] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the base.")
     ] = False,
@@ -156,6 +160,7 @@ def export(
             dtype=dtype,
             to=to,
             base=base,
+            dequantize=dequantize,
             trust_remote_code=trust_remote_code,
         )
     except Exception as error:

@@ -60,6 +60,7 @@ def export(
     dtype: str | None = None,
     to: Path | None = None,
     base: Path | None = None,
+    dequantize: bool = False,
     trust_remote_code: bool = False,
 ) -> Exported:
     """Writes a model of a run for use elsewhere, with its tokenizer, labels, prompts and a README.
@@ -72,6 +73,7 @@ def export(
         dtype: float32, bfloat16 or float16; as it is if not given.
         to: A folder that does not exist or is empty; one below the run's directory if not given.
         base: The folder of the base model, where it is not where it was.
+        dequantize: Whether to merge into a copy of a quantized base in floating point.
         trust_remote_code: Whether code that comes with the base may be run.
 
     Raises:
@@ -86,7 +88,7 @@ def export(
     source = models.path(number)
     whole = merge or not serving.adapts
     if merge and serving.adapts:
-        _check_mergeable(models, source)
+        _check_mergeable(models, source, dequantize)
     target = to or run_dir / "exports" / f"{number}_{serving.tasks[number - 1]}{SUFFIX[whole]}"
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(
@@ -114,17 +116,19 @@ def export(
     return Exported(target, number, difference)
 
 
-def _check_mergeable(models: Models, adapter: Path) -> None:
+def _check_mergeable(models: Models, adapter: Path, dequantize: bool) -> None:
     """Refuses, before a model is loaded, what cannot become a part of the base's weights."""
     from peft import PeftConfig
 
     from clpeft.registry import PEFT_METHODS
 
     serving = models.serving
-    if (method := serving.quantization["method"]) != "none":
+    method = serving.quantization["method"]
+    if method != "none" and not dequantize:
         raise ConfigError(
             f"The run's base is quantized ({method}): merging would round its weights once more, "
-            f"and the errors would add up. Export the adapter without --merge."
+            f"and the errors would add up. Merge into a copy in floating point with --dequantize, "
+            f"or export the adapter without --merge."
         )
     PEFT_METHODS.discover()  # some register a type of adapter with PEFT
     if PeftConfig.from_pretrained(adapter).is_prompt_learning:
@@ -173,6 +177,11 @@ def _write_whole(
     own = _name(loaded.model.dtype)
     inputs = _probe(loaded)
     expected = _logits(loaded.model, inputs)
+    if models.serving.quantized.method != "none":
+        own = "bfloat16"  # what products with a quantized base are about as precise as
+        del loaded
+        gc.collect()  # the one model, before the other comes
+        loaded = assembled(models, [number], config, dequantize=True)
     model, labels = loaded.model, len(loaded.stream.label_names)
     if dtype == "float32":
         model.float()  # before merging, so that the sum is not rounded to less

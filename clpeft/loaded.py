@@ -17,6 +17,7 @@ from clpeft.evaluation.answers import Batchwise, classified, ranked, written
 from clpeft.evaluation.generation import exact_match
 from clpeft.models.load import load_model, load_tokenizer, make_objective
 from clpeft.models.objective import beneath_adapter
+from clpeft.models.quantize import dequantized
 from clpeft.registry import PEFT_METHODS
 from clpeft.serving import Models
 from clpeft.streams.base import Task
@@ -238,6 +239,8 @@ def assembled(
     numbers: Sequence[int],
     config: ModelConfig,
     device: str | torch.device | None = None,
+    *,
+    dequantize: bool = False,
 ) -> Loaded:
     """Puts the adapters of some tasks on their base model.
 
@@ -246,6 +249,7 @@ def assembled(
         numbers: The tasks, by number; the last will be the active one.
         config: How the base is loaded.
         device: Where to; the accelerator if there is one.
+        dequantize: Whether a quantized base is turned back into floating point.
 
     Raises:
         ConfigError: If a model is missing, the base's tokenizer is another one, or PEFT cannot hold
@@ -267,7 +271,10 @@ def assembled(
             f"the folder of a base model that has it as base= (--base)."
         )
     stream = stream_of(serving.stream)
-    model, _ = load_model(config, source, tokenizer, len(stream.label_names))
+    labels, how = len(stream.label_names), serving.quantized
+    model, _ = load_model(config, source, tokenizer, labels, how, serving.trained_whole)
+    if dequantize:
+        model = dequantized(model)
     if not serving.merged:
         model = _adapted(model, paths) if serving.adapts else _trained(model, *paths.values())
     if config.task_type == "sequence_classification":

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clpeft.config import Config, ConfigError, ModelConfig, nearest
+from clpeft.models.quantize import NOT_QUANTIZED, QUANTIZATIONS, QuantizationConfig
 from clpeft.rundir import RunDirectory
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Serving:
         peft: The PEFT method.
         adapts: Whether there is an adapter; otherwise the model's own weights were trained.
         quantization: How the base was stored.
+        trained_whole: Names of its modules that are not quantized, because they train whole.
         model: How the base is loaded, as `ModelConfig` has it.
         base_digest: Of the base's files; None for one on the Hub, where the revision says it.
         tokenizer: The tokenizer's fingerprint.
@@ -43,6 +45,7 @@ class Serving:
     peft: str
     adapts: bool
     quantization: dict[str, Any]
+    trained_whole: list[str]
     model: dict[str, Any]
     base_digest: str | None
     tokenizer: str
@@ -50,6 +53,13 @@ class Serving:
     evaluation: dict[str, Any]
     exported: int | None = None
     merged: bool = False
+
+    @property
+    def quantized(self) -> QuantizationConfig:
+        """How the base was stored; a merged model is not quantized any more."""
+        if self.merged:
+            return NOT_QUANTIZED
+        return QUANTIZATIONS[self.quantization["method"]](**self.quantization)
 
     @property
     def tasks(self) -> list[str]:
@@ -80,6 +90,7 @@ def record_serving(run: Run, name: str, task_id_given: bool) -> None:
         peft=config.peft.kind,
         adapts=isinstance(run.model, PeftModel),
         quantization=asdict(config.quantization),
+        trained_whole=list(config.peft.trained_whole),
         model=asdict(model),
         base_digest=digest,
         tokenizer=tokenizer_fingerprint(run.tokenizer),

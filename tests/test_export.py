@@ -281,15 +281,27 @@ def test_base_that_has_moved(copied: Path, finished: Finished, tmp_path: Path) -
             assert torch.equal(logits(clpeft.load(done.folder).model, run), logits(run.model, run))
 
 
-def test_quantized_base_is_not_merged_into(copied: Path) -> None:
-    facts = json.loads((copied / "serving.json").read_text())
-    (copied / "serving.json").write_text(json.dumps(facts | {"quantization": {"method": "nf4"}}))
+@pytest.mark.parametrize(
+    ("model", "method"), [("tiny_llama", "nf4"), ("tiny_bert", "nf4"), ("tiny_t5", "int8")]
+)
+def test_quantized_base(finished: Finished, tmp_path: Path, model: str, method: str) -> None:
+    outcome = finished("finetune", f"quantization={method}", model=model)
+    run, own = outcome.run, logits(outcome.run.model, outcome.run)
+    assert torch.equal(logits(clpeft.load(outcome.directory).model, run), own)
+    adapter = export(outcome.directory, to=tmp_path / "adapter")
+    assert torch.equal(logits(clpeft.load(adapter.folder).model, run), own)
 
-    with pytest.raises(
-        ConfigError, match=r"base is quantized \(nf4\): merging would round its wei"
-    ):
-        export(copied, merge=True)
-    assert not (copied / "exports").exists()
+    with pytest.raises(ConfigError, match=rf"base is quantized \({method}\): merging would round"):
+        export(outcome.directory, merge=True, to=tmp_path / "merged")
+    done = export(outcome.directory, merge=True, dequantize=True, to=tmp_path / "merged")
+    exported, _ = loaded_as_told(done.folder)
+    assert {parameter.dtype for parameter in exported.parameters()} == {torch.float32}
+    # the weights are the quantized ones: what differs is the precision of products
+    assert distance(logits(exported, run), own) < 0.05
+    again = clpeft.load(done.folder)
+    assert torch.equal(logits(again.model, run), logits(exported, run))
+    with run.model.disable_adapter():
+        assert distance(logits(run.model, run), own) > 0.1
 
 
 def test_prompts_are_not_merged(copied: Path, bases: Callable[[str], Path]) -> None:

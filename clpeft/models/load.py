@@ -21,7 +21,13 @@ from clpeft.models.objective import (
     takes_logits_to_keep,
 )
 from clpeft.models.own import OwnModelConfig, build_own, own_tokenizer
-from clpeft.models.quantize import QuantizationConfig, kept_whole, number_of_weights, prepare
+from clpeft.models.quantize import (
+    NOT_QUANTIZED,
+    QuantizationConfig,
+    kept_whole,
+    number_of_weights,
+    prepare,
+)
 from clpeft.models.virtual_tokens import virtual_tokens
 
 if TYPE_CHECKING:
@@ -33,7 +39,6 @@ log = logging.getLogger(__name__)
 
 # what modules that hold a vector per position are called
 POSITIONS = {"position_embeddings", "embed_positions", "wpe"}
-NOT_QUANTIZED = QuantizationConfig("none")
 
 
 def check_model(config: ModelConfig) -> None:

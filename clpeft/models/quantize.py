@@ -81,6 +81,9 @@ QUANTIZATIONS: dict[str, type[QuantizationConfig]] = {
 }
 
 
+NOT_QUANTIZED = QuantizationConfig("none")
+
+
 def quiet_bitsandbytes() -> None:
     """Leaves it its errors; it says of each product that its inputs are rounded to 16 bits."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -149,6 +152,12 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
             # as the first forward pass would, which would change the base while it trains
             layer.bias.data = layer.bias.data.to(layer.compute_dtype)
     return model
+
+
+def dequantized(model: PreTrainedModel) -> PreTrainedModel:
+    """A quantized model in floating point, with the weights that rounding has left of its own."""
+    dtype = model.config.dtype
+    return model.dequantize().to(dtype)
 
 
 def _four_bit_layers(model: nn.Module) -> Iterator[Any]:
