@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from clpeft.config import ConfigError, ModelConfig, RunError
 from clpeft.model_card import model_card
+from clpeft.models.own import OwnModelConfig
 from clpeft.serving import Models
+from clpeft.streams.description import stream_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,6 +89,11 @@ def export(
     number = models.number(task)
     source = models.path(number)
     whole = merge or not serving.adapts
+    if whole and isinstance(serving.model_config, OwnModelConfig):
+        raise ConfigError(
+            f"model={serving.model['builder']} is a model of your own, which transformers cannot "
+            f"load: export an adapter without --merge, and load it with clpeft.load or PEFT."
+        )
     if merge and serving.adapts:
         _check_mergeable(models, source, dequantize)
     target = to or run_dir / "exports" / f"{number}_{serving.tasks[number - 1]}{SUFFIX[whole]}"
@@ -103,7 +110,7 @@ def export(
         if whole:
             config, difference = _write_whole(models, number, config, dtype, aside)
         else:
-            _write_adapter(source, config, dtype, aside)
+            _write_adapter(models, source, config, dtype, aside)
         kept = replace(config, trust_remote_code=False)
         served = replace(serving, model=asdict(kept), exported=number, merged=whole)
         (aside / "serving.json").write_text(json.dumps(asdict(served), indent=1) + "\n")
@@ -120,7 +127,7 @@ def _check_mergeable(models: Models, adapter: Path, dequantize: bool) -> None:
     """Refuses, before a model is loaded, what cannot become a part of the base's weights."""
     from peft import PeftConfig
 
-    from clpeft.registry import PEFT_METHODS
+    from clpeft.peft_methods.registration import register_types
 
     serving = models.serving
     method = serving.quantization["method"]
@@ -130,7 +137,7 @@ def _check_mergeable(models: Models, adapter: Path, dequantize: bool) -> None:
             f"and the errors would add up. Merge into a copy in floating point with --dequantize, "
             f"or export the adapter without --merge."
         )
-    PEFT_METHODS.discover()  # some register a type of adapter with PEFT
+    register_types()
     if PeftConfig.from_pretrained(adapter).is_prompt_learning:
         raise ConfigError(
             f"peft={serving.peft} learns prompts, which the model reads beside its input and which "
@@ -138,17 +145,20 @@ def _check_mergeable(models: Models, adapter: Path, dequantize: bool) -> None:
         )
 
 
-def _write_adapter(source: Path, config: ModelConfig, dtype: str | None, folder: Path) -> None:
+def _write_adapter(
+    models: Models, source: Path, config: ModelConfig, dtype: str | None, folder: Path
+) -> None:
     """Writes an adapter as the run has saved it, and the tokenizer of its base."""
     import torch
     from safetensors.torch import load_file, save_file
 
-    from clpeft.models.load import load_tokenizer
+    from clpeft.models.load import load_tokenizer, model_source
 
     shutil.copytree(source, folder, dirs_exist_ok=True)
     settings = json.loads((folder / ADAPTER).read_text())
-    settings["base_model_name_or_path"] = config.path or config.hub_id
-    settings["revision"] = config.revision
+    if not isinstance(config, OwnModelConfig):
+        settings["base_model_name_or_path"] = config.path or config.hub_id
+        settings["revision"] = config.revision
     (folder / ADAPTER).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     if dtype is not None:
         tensors = load_file(folder / WEIGHTS)
@@ -157,7 +167,9 @@ def _write_adapter(source: Path, config: ModelConfig, dtype: str | None, folder:
             for name, value in tensors.items()
         }
         save_file(cast, folder / WEIGHTS, metadata={"format": "pt"})
-    load_tokenizer(config, config.path or config.hub_id).save_pretrained(folder)  # type: ignore[arg-type]
+    stream = stream_of(models.serving.stream)
+    place = model_source(config, stream, Path())
+    load_tokenizer(config, place, stream).save_pretrained(folder)
 
 
 def _write_whole(

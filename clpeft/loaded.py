@@ -15,10 +15,12 @@ import torch
 from clpeft.config import ConfigError, ModelConfig, RunError
 from clpeft.evaluation.answers import Batchwise, classified, ranked, written
 from clpeft.evaluation.generation import exact_match
-from clpeft.models.load import load_model, load_tokenizer, make_objective
+from clpeft.models.load import load_model, load_tokenizer, make_objective, model_source
 from clpeft.models.objective import beneath_adapter
+from clpeft.models.own import OwnModelConfig
 from clpeft.models.quantize import dequantized
-from clpeft.registry import PEFT_METHODS
+from clpeft.models.weights import base_digest
+from clpeft.peft_methods.registration import register_types
 from clpeft.serving import Models
 from clpeft.streams.base import Task
 from clpeft.streams.batching import Collator, sorted_batches
@@ -64,7 +66,7 @@ class Loaded:
         stream: Stream,
     ) -> None:
         serving = models.serving
-        config = ModelConfig(**serving.model)
+        config = serving.model_config
         self.model: Any = model
         self.tokenizer = tokenizer
         self.number = numbers[-1]
@@ -262,22 +264,27 @@ def assembled(
             f"peft={serving.peft} leaves whole models, which cannot be loaded together; choose one "
             f"of the tasks {', '.join(map(str, paths))}."
         )
-    source = config.path or config.hub_id
-    assert source is not None
-    tokenizer = load_tokenizer(config, source)
+    stream = stream_of(serving.stream)
+    source = model_source(config, stream, Path())
+    tokenizer = load_tokenizer(config, source, stream)
     if tokenizer_fingerprint(tokenizer) != serving.tokenizer:
         raise ConfigError(
             f"The tokenizer in {source} is not the one that {serving.run} was trained with; give "
             f"the folder of a base model that has it as base= (--base)."
         )
-    stream = stream_of(serving.stream)
     labels, how = len(stream.label_names), serving.quantized
     model, _ = load_model(config, source, tokenizer, labels, how, serving.trained_whole)
     if dequantize:
         model = dequantized(model)
+    if isinstance(config, OwnModelConfig) and serving.base_digest is not None:
+        if serving.base_digest != base_digest(config, model, source, Path()):
+            raise ConfigError(
+                f"The function of model={config.builder} builds another model now than when "
+                f"{serving.run} was made: its weights differ."
+            )
     if not serving.merged:
         model = _adapted(model, paths) if serving.adapts else _trained(model, *paths.values())
-    if config.task_type == "sequence_classification":
+    if config.task_type == "sequence_classification" and not isinstance(config, OwnModelConfig):
         plain = beneath_adapter(model).config
         plain.id2label = dict(enumerate(stream.label_names))
         plain.label2id = {name: label for label, name in plain.id2label.items()}
@@ -295,7 +302,7 @@ def _adapted(model: PreTrainedModel | PeftModel, paths: dict[int, Path]) -> Peft
     """A base model with the adapters of some folders."""
     from peft import PeftModel
 
-    PEFT_METHODS.discover()  # some register a type of adapter with PEFT
+    register_types()
     (first, folder), *others = paths.items()
     try:
         with warnings.catch_warnings():

@@ -6,11 +6,14 @@ import json
 from typing import TYPE_CHECKING
 
 from clpeft.config import result_settings
+from clpeft.models.own import OwnModelConfig
 from clpeft.streams.description import stream_of
 from clpeft.streams.prompts import classifier_prefix
 from clpeft.tracking.history import read_events
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from omegaconf import DictConfig
 
     from clpeft.config import ModelConfig
@@ -22,6 +25,7 @@ AUTO = {
     "causal_lm": "AutoModelForCausalLM",
     "seq2seq_lm": "AutoModelForSeq2SeqLM",
 }
+REGISTERED = "import clpeft.tuners  # so that PEFT knows the adapter's type\n"
 HERE = "path/to/this/folder"
 
 
@@ -45,6 +49,7 @@ def model_card(models: Models, number: int, config: ModelConfig, *, merged: bool
     likewise = (
         "" if merged or stored == "none" else f"the base quantized ({stored}) as it was, and "
     )
+    registered = "" if merged or _is_pefts(models.path(number)) else REGISTERED
     parts = [
         _head(config, merged),
         f"# {config.name} after task {number} of {len(stream.tasks)}, `{task.name}`",
@@ -53,7 +58,7 @@ def model_card(models: Models, number: int, config: ModelConfig, *, merged: bool
         "## Scores",
         _scores(models, stream, number),
         "## Loading",
-        f"```python\n{_loading(config, stream, merged)}```",
+        f"```python\n{registered}{_loading(config, stream, merged)}```",
         f"or, with {likewise}the prompt and the labels that it was trained with:",
         f'```python\nimport clpeft\n\nloaded = clpeft.load("{HERE}")\nloaded.predict(["..."])\n```',
         "## Input",
@@ -62,6 +67,16 @@ def model_card(models: Models, number: int, config: ModelConfig, *, merged: bool
         _settings(frozen),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _is_pefts(adapter: Path) -> bool:
+    """Whether an adapter is of a type that PEFT has itself."""
+    from peft import PeftConfig
+
+    from clpeft.peft_methods.registration import register_types
+
+    register_types()
+    return type(PeftConfig.from_pretrained(adapter)).__module__.startswith("peft.")
 
 
 def _head(config: ModelConfig, merged: bool) -> str:
@@ -89,6 +104,16 @@ def _scores(models: Models, stream: Stream, number: int) -> str:
 
 
 def _loading(config: ModelConfig, stream: Stream, merged: bool) -> str:
+    if isinstance(config, OwnModelConfig):
+        return "\n".join(
+            [
+                "from peft import PeftModel",
+                "",
+                f'folder = "{HERE}"',
+                f"# model: what the function of model={config.builder} builds",
+                "model = PeftModel.from_pretrained(model, folder)\n",
+            ]
+        )
     auto = AUTO[config.task_type]
     source = config.path or config.hub_id
     base = "folder" if merged else json.dumps(source)

@@ -35,7 +35,7 @@ RESULTS_SCHEMA = 1  # of results.json; raised when a reader of old files would b
 LEFT_BY_A_RUN = (
     *("config.yaml", "status.json", "results.json", "serving.json", "history.jsonl"),
     *("run.log", "slurm.log"),
-    *("checkpoints", "adapters", "generated", "wandb", "tensorboard", ".hydra"),
+    *("checkpoints", "adapters", "generated", "wandb", "tensorboard", ".hydra", "tokenizer"),
 )
 LOCK = ".lock"
 KILLED = "killed"  # what becomes of a run without a word in its status.json

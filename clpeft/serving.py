@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clpeft.config import Config, ConfigError, ModelConfig, nearest
+from clpeft.models.adapted import adapter_settings, whole_source
+from clpeft.models.own import OwnModelConfig
 from clpeft.models.quantize import NOT_QUANTIZED, QUANTIZATIONS, QuantizationConfig
+from clpeft.registry import MODELS
 from clpeft.rundir import RunDirectory
 
 if TYPE_CHECKING:
@@ -17,8 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# what a base model is, to the bit; a folder may hold other files beside them
-WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+TOKENIZER = "tokenizer"  # where the one of a model of one's own lies in a run's directory
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Serving:
         quantization: How the base was stored.
         trained_whole: Names of its modules that are not quantized, because they train whole.
         model: How the base is loaded, as `ModelConfig` has it.
-        base_digest: Of the base's files; None for one on the Hub, where the revision says it.
+        base_digest: Of the base's weights; None for one on the Hub, where the revision says it.
         tokenizer: The tokenizer's fingerprint.
         stream: The tasks, as `described` has them.
         evaluation: How tasks were scored: mode, batch_size, max_new_tokens, task_id_given, and
@@ -62,6 +63,19 @@ class Serving:
         return QUANTIZATIONS[self.quantization["method"]](**self.quantization)
 
     @property
+    def model_config(self) -> ModelConfig:
+        """How the base is loaded, or built."""
+        builder = self.model.get("builder")
+        if builder is None:
+            return ModelConfig(**self.model)
+        if builder not in MODELS:
+            raise ConfigError(
+                f"model={builder} is a model of your own, which no installed package registers; "
+                f"install the one that {self.run} was made with."
+            )
+        return MODELS[builder].config(**self.model)
+
+    @property
     def tasks(self) -> list[str]:
         """The names of the stream's tasks, in their order."""
         return [task["name"] for task in self.stream["tasks"]]
@@ -84,7 +98,9 @@ def record_serving(run: Run, name: str, task_id_given: bool) -> None:
     if record.serving:
         return
     config = run.config
-    model, digest = _base_of(config.model, run.source)
+    model, digest = _base_of(run)
+    if isinstance(model, OwnModelConfig):  # whose tokenizer may be trained on the stream's text
+        run.tokenizer.save_pretrained(run.directory / TOKENIZER)
     serving = Serving(
         run=name,
         peft=config.peft.kind,
@@ -106,31 +122,25 @@ def record_serving(run: Run, name: str, task_id_given: bool) -> None:
     record.write_serving(asdict(serving))
 
 
-def _base_of(config: ModelConfig, source: str) -> tuple[ModelConfig, str | None]:
-    """How the base beneath a source is loaded again, and the digest of its files."""
+def _base_of(run: Run) -> tuple[ModelConfig, str | None]:
+    """How the base beneath a run's source is loaded again, and what its weights are known by."""
     from huggingface_hub import try_to_load_from_cache
 
-    from clpeft.models.adapted import whole_source
+    from clpeft.models.weights import files_digest
 
+    config = run.config.model
     # code from elsewhere is run if whoever loads it says so, not because a file does
     known = replace(config, architecture=None, warmup=None, trust_remote_code=False)
-    base = whole_source(source)
+    if isinstance(known, OwnModelConfig):
+        # an adapter that the run started from is known by it too, and replaced by those served
+        return known, run.base if adapter_settings(run.source) is None else None
+    base = whole_source(run.source)
     if Path(base).is_dir():
-        return replace(known, path=str(Path(base).resolve())), folder_digest(Path(base))
+        kept = Path(run.config.paths.cache_dir).expanduser() / "digests"
+        return replace(known, path=str(Path(base).resolve())), files_digest(base, None, kept)
     cached = try_to_load_from_cache(base, "config.json", revision=config.revision)
     commit = Path(cached).parent.name if isinstance(cached, str) else config.revision
     return replace(known, path=None, hub_id=base, revision=commit), None
-
-
-def folder_digest(folder: Path) -> str:
-    """What two folders share only if they hold the same model: 64 hexadecimal digits."""
-    found = hashlib.sha256()
-    paths = {path for pattern in ("config.json", *WEIGHTS) for path in folder.glob(pattern)}
-    for path in sorted(paths):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        found.update(f"{path.name} {digest}\n".encode())
-    return found.hexdigest()
 
 
 class Models:
@@ -245,7 +255,10 @@ class Models:
             ConfigError: If it is not there any more, or is another one.
         """
         serving = self.serving
-        known = ModelConfig(**serving.model)
+        known = serving.model_config
+        if isinstance(known, OwnModelConfig):
+            folder = self.folder if serving.exported is not None else self.folder / TOKENIZER
+            return replace(known, tokenizer=str(folder))
         if serving.merged:
             return replace(known, path=str(self.folder))
         if given is not None:
@@ -257,12 +270,14 @@ class Models:
         if not Path(known.path).is_dir():
             known = replace(known, path=str(self._rebuilt(known.path)))
         assert known.path is not None
-        if serving.base_digest != folder_digest(Path(known.path)):
+        from clpeft.models.weights import files_digest
+
+        if serving.base_digest != files_digest(known.path):
             told = f"The base model in {known.path} is not the one that {serving.run} stands on"
             if given is None:
                 raise ConfigError(
-                    f"{told}: its weights or its config.json differ; give the folder of the one "
-                    f"that is, or this folder to use it all the same, as base= (--base)."
+                    f"{told}: its weights differ; give the folder of the one that is, or this "
+                    f"folder to use it all the same, as base= (--base)."
                 )
             log.warning("%s; what it answers may differ from what the run has scored", told)
         return known

@@ -49,6 +49,19 @@ def base_digest(config: ModelConfig, model: nn.Module, source: str, cache_dir: P
     return hashlib.sha256(known.encode()).hexdigest()[:DIGITS]
 
 
+def files_digest(source: str, revision: str | None = None, kept: Path | None = None) -> str:
+    """What two bases share only if their weights' files are equal: 64 hexadecimal digits.
+
+    Args:
+        source: A folder or a name on the Hub.
+        revision: Of the latter.
+        kept: Where digests of files are kept; None reads them in any case.
+    """
+    files = _weights_files(source, WHOLE, revision)
+    digests = [_file_digest(path, kept) if kept else _read_digest(path) for path in files]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
 def weights_digest(parameters: Mapping[str, Tensor]) -> str:
     """What two sets of named weights share only if they are equal, bit by bit.
 
@@ -93,6 +106,11 @@ def _local(source: str, name: str, revision: str | None) -> Path | None:
     return Path(found) if found else None
 
 
+def _read_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _file_digest(path: Path, kept: Path) -> str:
     """The digest of a file's content, which is read once as long as the file is not touched."""
     path = path.resolve()
@@ -103,8 +121,7 @@ def _file_digest(path: Path, kept: Path) -> str:
     record = kept / key
     if record.is_file():
         return record.read_text()
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = _read_digest(path)
     kept.mkdir(parents=True, exist_ok=True)
     aside = kept / f".{key}-{os.getpid()}"  # never half written, whoever else writes it
     aside.write_text(digest)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from clpeft.registry import PEFT_METHODS
+
 if TYPE_CHECKING:
     from peft import PeftType
 
@@ -34,3 +36,10 @@ def new_peft_type(name: str) -> PeftType:
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member
     return member
+
+
+def register_types() -> None:
+    """Lets PEFT know the types of adapters that are not its own: clpeft's and third parties'."""
+    import clpeft.tuners  # noqa: F401
+
+    PEFT_METHODS.discover()

@@ -20,13 +20,16 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
+import clpeft
 from clpeft.composition import settle
 from clpeft.config import ConfigError
+from clpeft.export import export
 from tests.running import Outcome, compose_only, killed_at, run_it, same_run
 from tests.settings import PEFT_SETTINGS, TASK_TYPES, base_of
 
 NAMES = sorted(PEFT_SETTINGS)
 WHOLE = {"full", "lisa_layerwise"}  # train the base itself
+UNMERGED = {"bottleneck", "lisa_hybrid", "p_tuning", "prefix", "prompt"}
 ADAPTERS = [name for name in NAMES if name not in WHOLE]
 AUTO = {
     "causal_lm": AutoModelForCausalLM,
@@ -123,6 +126,31 @@ def test_saved_adapters_are_the_model_that_was_trained(
     for task in (2, 1, 2):
         together.set_adapter(f"task{task}")
         assert torch.equal(logits(outcome, together), alone[task - 1])
+
+
+@pytest.mark.parametrize(("name", "model"), cells(NAMES))
+def test_its_models_are_served_and_exported(
+    finished: Finished, tmp_path: Path, name: str, model: str
+) -> None:
+    outcome = finished("finetune", *SHORT, model=model, peft=name)
+    stream, matrix = outcome.run.stream.stream, outcome.results["matrix"]
+    trained = logits(outcome, outcome.run.model)
+    served = clpeft.load(outcome.directory, 2 if name in WHOLE else "all")
+    for number in (2,) if name in WHOLE else (1, 2):
+        letters = stream.tasks[number - 1].test
+        answers = served.use(number).predict(letters["text"])
+        wanted = [stream.label_names[label] for label in letters["label"]]
+        assert sum(map(str.__eq__, answers, wanted)) / 16 == matrix[number][number - 1]
+    folder = export(outcome.directory, to=tmp_path / "export").folder
+    for again in (served, clpeft.load(folder)):
+        # float32 sums of fewer terms, where not exact
+        torch.testing.assert_close(logits(outcome, again.model), trained, rtol=1e-4, atol=1e-5)
+    if base_of(name) in UNMERGED:
+        with pytest.raises(ConfigError, match=r"cannot be merged into .* without --merge\.$"):
+            export(outcome.directory, merge=True, to=tmp_path / "merged")
+    else:
+        done = export(outcome.directory, merge=True, to=tmp_path / "merged")
+        assert done.difference < 1e-5  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(("name", "model"), cells(NAMES))

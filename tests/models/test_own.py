@@ -18,8 +18,10 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+import clpeft
 from clpeft.composition import register_schemas, settle
 from clpeft.config import ConfigError
+from clpeft.export import export
 from clpeft.models.own import OwnModelConfig, build_own, check_answers, check_forward, check_own
 from clpeft.models.targets import find_targets
 from clpeft.registry import MODELS, Entry
@@ -363,3 +365,50 @@ def test_an_adapter_within_torch_s_own_layer_counts_in_evaluation() -> None:
                 parameter.fill_(0.3)
         after = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     assert not torch.allclose(after, before, atol=1e-2)
+
+
+@pytest.mark.parametrize("task_type", TASK_TYPES)
+def test_it_is_served_and_its_adapter_exported(
+    own: Own,
+    done: dict[str, Outcome],
+    small_gpt: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    task_type: str,
+) -> None:
+    outcome = finished(own, done, task_type, tmp_path)
+    stream, matrix = outcome.run.stream.stream, outcome.results["matrix"]
+    served = clpeft.load(outcome.directory, "all")
+    for number in (1, 3):
+        letters = stream.tasks[number - 1].test
+        answers = served.use(number).predict(letters["text"])
+        wanted = [stream.label_names[label] for label in letters["label"]]
+        assert sum(map(str.__eq__, answers, wanted)) / 16 == matrix[number][number - 1]
+
+    exported = export(outcome.directory, to=tmp_path / "export").folder
+    again = clpeft.load(exported)
+    assert same_bits(
+        {n: p.detach() for n, p in again.model.named_parameters()},
+        {n.replace("default", "task_3"): p for n, p in outcome.after.items()},
+    )
+    assert again.predict(letters["text"]) == answers
+    known = {"model": plain(small_gpt, outcome)}
+    code = re.findall(r"```python\n(.*?)```", (exported / "README.md").read_text(), re.DOTALL)[0]
+    exec(code.replace("path/to/this/folder", str(exported)), known)
+    loaded = {n: p.detach() for n, p in known["model"].named_parameters()}
+    assert same_bits(loaded, outcome.after)
+    with pytest.raises(ConfigError, match=r"model=small_gpt is a model of your own, which transf"):
+        export(outcome.directory, merge=True, to=tmp_path / "merged")
+
+    entry = MODELS["small_gpt"]
+
+    def other(config: Any, tokenizer: Any, labels: int) -> nn.Module:
+        torch.manual_seed(1)
+        return entry.target(config, tokenizer, labels)
+
+    monkeypatch.setitem(MODELS._entries, "small_gpt", Entry("small_gpt", other, entry.config))
+    with pytest.raises(ConfigError, match="builds another model now than when finetune-s0"):
+        clpeft.load(outcome.directory)
+    monkeypatch.delitem(MODELS._entries, "small_gpt")
+    with pytest.raises(ConfigError, match="model=small_gpt is a model of your own, which no inst"):
+        clpeft.load(outcome.directory)
