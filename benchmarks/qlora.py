@@ -105,7 +105,9 @@ def main() -> None:
         f"{torch.cuda.get_device_name()}, torch {known['torch']}, transformers "
         f"{known['transformers']}, peft {known['peft']}; batches of {BATCH}, {STEPS} steps\n"
     )
-    out("| | frozen base | trained | peak memory | with gradient checkpointing | steps per second |")
+    out(
+        "| | frozen base | trained | peak memory | with gradient checkpointing | steps per second |"
+    )
     out("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder))

@@ -28,7 +28,9 @@ def refusal(*overrides: str) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("switch", ["quantization=nf4", "quantization=int8", "optimizer=adamw_8bit"])
+@pytest.mark.parametrize(
+    "switch", ["quantization=nf4", "quantization=int8", "optimizer=adamw_8bit"]
+)
 def test_missing_package(monkeypatch: pytest.MonkeyPatch, switch: str) -> None:
     check_machine(compose([switch])[1])
     monkeypatch.setattr(machine, "find_spec", lambda name: None)
@@ -64,7 +66,9 @@ def test_missing_compiler(monkeypatch: pytest.MonkeyPatch, gpu: bool, variable: 
     monkeypatch.setattr(machine.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(machine.sysconfig, "get_path", lambda name: "/no/such/folder")
 
-    assert told.startswith("training.compile=true needs a compiler, and there is no a-compiler here")
+    assert told.startswith(
+        "training.compile=true needs a compiler, and there is no a-compiler here"
+    )
     assert f"name it in {variable}" in told
     assert "there is no Python.h here" in refusal("training.compile=true")
 

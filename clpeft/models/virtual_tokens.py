@@ -85,9 +85,9 @@ def find_last_token(model: PeftModel) -> None:
             last.append((mask.bool() * positions).argmax(dim=1))
 
     def pick(head: nn.Module, given: tuple[Tensor]) -> tuple[Tensor] | None:
-        if not last:
-            return None
         (states,) = given
+        if not last or states.shape[1] == 1:  # which is the one, if another hook has picked it
+            return None
         return (states[torch.arange(len(states), device=states.device), last[0]][:, None],)
 
     base.register_forward_pre_hook(note, with_kwargs=True)

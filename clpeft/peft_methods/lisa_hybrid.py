@@ -13,6 +13,7 @@ from clpeft.models.load import check_positions
 from clpeft.models.targets import check_target
 from clpeft.peft_methods.base import PeftMethodConfig
 from clpeft.peft_methods.prompt import INITS, check_init, init_options
+from clpeft.peft_methods.prompt_learning import check_reads
 from clpeft.peft_methods.wrap import wrap
 from clpeft.registry import PEFT_METHODS
 
@@ -67,4 +68,5 @@ def apply_lisa_hybrid(
         lora_dropout=config.dropout,
     )
     check_positions(adapted, 1)
+    check_reads(adapted, config.kind)
     return adapted

@@ -49,12 +49,13 @@ class LisaHybridConfig(LoraConfig):
 
 
 class LisaHybridModel(LoraModel):
-    """LoRA's tuner, and a soft prompt that the model reads right before each text.
+    """LoRA's tuner, and a soft prompt that the model reads with each text.
 
-    The prompt is put in where token ids become embeddings. What becomes of it is taken out again
-    behind the last layer, so that the model is called as without it and answers in the same
-    shapes. It stays in where others are to see it: in an encoder's states, for a decoder, or for a
-    classification head that pools where the first token stands.
+    It stands right before the text; right behind its first token where that is what a
+    classification head reads, as in BERT. The prompt is put in where token ids become embeddings,
+    and what becomes of it is taken out again behind the last layer, so that the model is called as
+    without it and answers in the same shapes. Of an encoder and a decoder the encoder reads it, and
+    the decoder sees what becomes of it.
     """
 
     def _pre_injection_hook(self, model: Any, config: LisaHybridConfig, name: str) -> None:
@@ -65,10 +66,11 @@ class LisaHybridModel(LoraModel):
             reader, decoder = model.get_encoder(), model.get_decoder()
             hooks = [decoder.register_forward_pre_hook(self._uncover, with_kwargs=True)]
         else:
-            reader, hooks = _reader(model), []
-            counts = "score" in dict(model.named_children())  # the text's tokens, to the last
-            if config.task_type != TaskType.SEQ_CLS or counts:
-                hooks = [reader.register_forward_hook(self._take_out)]
+            reader = _reader(model)
+            hooks = [reader.register_forward_hook(self._take_out)]
+        # heads of decoders, which read the last token, are called score
+        last = model.config.is_encoder_decoder or "score" in dict(model.named_children())
+        self._first_is_read = config.task_type == TaskType.SEQ_CLS and not last
         self._hooks = [*hooks, reader.register_forward_pre_hook(self._put_in, with_kwargs=True)]
 
     def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -146,8 +148,10 @@ class LisaHybridModel(LoraModel):
         mask = given.get("attention_mask")
         if mask is None:
             mask = torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
-        order = self._order = places(mask, self._width)
-        mask = widened(mask, self._width)
+        order = places(mask, self._width)
+        if self._first_is_read:  # and the text has no padding before it
+            order[:, : self._width + 1] = order[:, : self._width + 1].roll(1, dims=1)
+        self._order, mask = order, widened(mask, self._width)
         changed = {
             "inputs_embeds": before_text(self._prompts(len(text)), text, order),
             "attention_mask": mask,
@@ -171,10 +175,13 @@ class LisaHybridModel(LoraModel):
 
     def _take_out(self, reader: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Behind the last layer."""
-        if self._order is not None:
-            text = self._order.argsort(dim=1)[:, self._width :]
-            rows = torch.arange(len(text), device=text.device)[:, None]
-            output.last_hidden_state = output.last_hidden_state[rows, text]
+        if self._order is None:
+            return
+        text = self._order.argsort(dim=1)[:, self._width :]
+        rows = torch.arange(len(text), device=text.device)[:, None]
+        output.last_hidden_state = output.last_hidden_state[rows, text]
+        if output.get("hidden_states") is not None:
+            output.hidden_states = tuple(states[rows, text] for states in output.hidden_states)
 
     def _uncover(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

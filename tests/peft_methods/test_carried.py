@@ -189,7 +189,9 @@ def test_weights_with_an_adapter_inside_are_refused(
     shutil.copy(bases("tiny_llama") / "config.json", tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(bases("tiny_llama"))
 
-    with pytest.raises(ConfigError, match=r"an adapter inside it \(.*layers.0.self_attn.q_proj.base_layer.weight\)"):
+    with pytest.raises(
+        ConfigError, match=r"an adapter inside it \(.*layers.0.self_attn.q_proj.base_layer.weight\)"
+    ):
         load_model(config(tmp_path), str(tmp_path), tokenizer, labels=2)
 
 

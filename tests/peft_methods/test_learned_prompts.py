@@ -193,6 +193,26 @@ def test_gradients_of_single_examples(run_of: Callable[..., Run], method: str, m
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5 * scale, msg=name)
 
 
+@pytest.mark.parametrize(
+    ("method", "model"), [pair for pair in PAIRS if not str(pair.values[0]).startswith("prefix")]
+)
+def test_gradient_checkpointing_changes_none(
+    run_of: Callable[..., Run], method: str, model: str
+) -> None:
+    run = run_of(method, model)
+    batch = run.loader(run.stream.tasks[0].train).batch(0)
+    run.model.train()
+    found = []
+    for _ in range(2):
+        torch.manual_seed(0)  # dropout's
+        found.append(run.gradients(batch))
+        run.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    for name, one, other in zip(run.trainable, *found, strict=True):
+        torch.testing.assert_close(one, other, msg=name)
+        assert one.abs().max() > 0, name
+
+
 @pytest.mark.parametrize(("method", "model"), PAIRS)
 def test_a_teacher_has_its_own_prompt(run_of: Callable[..., Run], method: str, model: str) -> None:
     run = run_of(method, model)

@@ -56,8 +56,6 @@ def test_sizes() -> None:
         ("gemma2", "causal_lm"),  # multiplies embeddings by a number
         ("t5", "seq2seq_lm"),
         ("bart", "seq2seq_lm"),
-        ("bert", "sequence_classification"),
-        ("roberta", "sequence_classification"),
         ("llama", "sequence_classification"),
         ("opt", "sequence_classification"),
     ],
@@ -82,6 +80,28 @@ def test_prompt_does_what_it_does_alone(kind: str, task_type: str) -> None:
     assert (model(**given).logits - plain).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("kind", ["bert", "roberta", "electra", "deberta-v2", "distilbert"])
+@torch.no_grad()
+def test_prompt_stands_behind_the_token_that_an_encoders_head_reads(kind: str) -> None:
+    model = hybrid(kind, "sequence_classification")  # whose LoRA is 0 yet
+    base = build(kind, "sequence_classification")
+    text = base.get_input_embeddings()(IDS)
+    prompts = prompt_of(model).expand(2, -1, -1)
+    mask = torch.cat([torch.ones(2, VIRTUAL), TEXTS["attention_mask"]], dim=1)
+    expected = base(
+        inputs_embeds=torch.cat([text[:, :1], prompts, text[:, 1:]], dim=1),
+        attention_mask=mask,
+        output_hidden_states=True,
+    )
+
+    found = model(**TEXTS, output_hidden_states=True)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-5)
+    own = [0, *range(VIRTUAL + 1, VIRTUAL + 5)]
+    for states, others in zip(found.hidden_states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(states, others[:, own], rtol=1e-4, atol=1e-5)
+    assert (found.logits - base(**TEXTS).logits).abs().max() > 0.1
+
+
 @torch.no_grad()
 def test_lora_does_what_it_does_alone() -> None:
     model = moved(hybrid("llama", "causal_lm"))
@@ -104,15 +124,16 @@ def test_lora_does_what_it_does_alone() -> None:
 @torch.no_grad()
 def test_types_of_tokens_and_positions_count_on() -> None:
     model = hybrid("bert", "sequence_classification")
-    kinds = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 0, 0]])
+    kinds = torch.tensor([[1, 0, 1, 1, 1], [0, 1, 1, 0, 0]])
     base = build("bert", "sequence_classification")
     text = base.get_input_embeddings()(IDS)
     prompts = prompt_of(model).expand(2, -1, -1)
 
+    none = torch.zeros(2, VIRTUAL, dtype=torch.long)
     expected = base(
-        inputs_embeds=torch.cat([prompts, text], dim=1),
+        inputs_embeds=torch.cat([text[:, :1], prompts, text[:, 1:]], dim=1),
         attention_mask=torch.cat([torch.ones(2, VIRTUAL), TEXTS["attention_mask"]], dim=1),
-        token_type_ids=torch.cat([torch.zeros(2, VIRTUAL, dtype=torch.long), kinds], dim=1),
+        token_type_ids=torch.cat([kinds[:, :1], none, kinds[:, 1:]], dim=1),
     ).logits
     torch.testing.assert_close(model(**TEXTS, token_type_ids=kinds).logits, expected)
 

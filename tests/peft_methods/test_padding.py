@@ -101,6 +101,23 @@ def test_classification(kind: str, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_classification_of_pairs(method: str) -> None:
+    model = adapted("bert", "sequence_classification", method)
+    kinds = [[0, 0, 0, 1, 1, 1, 1], [0, 1], [0, 1, 1, 1, 1]]
+
+    found = model(**together(TEXTS), token_type_ids=right_padded(kinds, 0)).logits
+    expected = torch.stack(
+        [
+            alone(model, text, token_type_ids=torch.tensor([kind]))
+            for text, kind in zip(TEXTS, kinds, strict=True)
+        ]
+    )
+    torch.testing.assert_close(found, expected, **TOLERANCE)
+    assert (found - model(**together(TEXTS)).logits).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["bert", "roberta", "llama"])
 @torch.no_grad()
 def test_features(kind: str, method: str) -> None:

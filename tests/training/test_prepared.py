@@ -94,7 +94,11 @@ def test_strategies_do_the_same(
     ids=lambda more: more[0].partition("=")[0].partition(".")[2] or "quantization",
 )
 def test_it_goes_with_the_other_switches(
-    finished: Finished, tiny: Overrides, tmp_path: Path, traced: dict[str, int], more: tuple[str, ...]
+    finished: Finished,
+    tiny: Overrides,
+    tmp_path: Path,
+    traced: dict[str, int],
+    more: tuple[str, ...],
 ) -> None:
     more = ("stream.num_tasks=2", "training.epochs=1", *more)
     compiled = run_it(tiny("finetune", *more, COMPILED), tmp_path / "run")
