@@ -1,8 +1,8 @@
 """What every PEFT method trains, takes and scores: prints the table of benchmarks/peft.md.
 
 Run it with `make bench-peft`, a row by `python -m benchmarks.peft --rows ia3`. Each method, with
-the values of its YAML, takes turns with LoRA after every step, in one process and on one thread. Peak
-memory and scores come from runs in processes of their own.
+the values of its YAML, takes turns with LoRA after every step, in one process and on one thread.
+Peak memory and scores come from runs in processes of their own.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def test_machine_of_a_large_model_is_asked_for_when_it_runs(
 
     assert config.model.hub_id == "meta-llama/Llama-3.1-8B"
     assert config.quantization.double_quantization
-    with pytest.raises(ConfigError, match="optimizer=paged_adamw_8bit moves .* there is no GPU"):
+    with pytest.raises(ConfigError, match=r"optimizer=paged_adamw_8bit moves .* there is no GPU"):
         launch(compose_only(large), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
