@@ -34,7 +34,7 @@ def check_machine(config: Config) -> None:
             "training.precision=fp16 needs a GPU and there is none here; use bf16 or no."
         )
     if config.training.compile:
-        _check_compiler()
+        check_compiler()
 
 
 def _has_gpu() -> bool:
@@ -51,8 +51,12 @@ def _check_bitsandbytes(switch: str) -> None:
         )
 
 
-def _check_compiler() -> None:
-    """torch.compile writes C++ for a CPU, and for a GPU what Triton binds to Python in C."""
+def check_compiler() -> None:
+    """Checks that there is what torch.compile calls: C++ for a CPU, C for what Triton writes.
+
+    Raises:
+        ConfigError: If the compiler or Python's headers are missing.
+    """
     variable, usual = ("CC", "gcc") if _has_gpu() else ("CXX", "g++")
     compiler = os.environ.get(variable, usual)
     if shutil.which(compiler) is None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clpeft.composition import settle
 from clpeft.config import ConfigError
+from clpeft.machine import check_compiler
 from clpeft.registry import STRATEGIES, Entry
 from clpeft.strategies.base import Strategy, StrategyConfig
 from clpeft.training import prepared
@@ -32,6 +33,16 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return counters["graph_break"]
 
 
+@pytest.fixture
+def compiler() -> None:
+    """What kernels are written with; CI installs it where it is missing."""
+    try:
+        check_compiler()
+    except ConfigError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.usefixtures("compiler")
 def test_kernels_of_its_own_give_the_same_losses(
     finished: Finished, tiny: Overrides, tmp_path: Path
 ) -> None:
