@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# numbers held at a time for one parameter's gradients of single examples: in float32 1 MiB, which
-# stays in a core's cache and is written and read there (twice as fast for a whole BERT as what has
+# numbers held at a time for one parameter's gradients of single examples: in float32 half a MiB,
+# which stays in a core's cache with what is made of it (twice as fast for a whole BERT as what has
 # to go to memory), and 128 MiB on an accelerator, which would rather be started seldom
-CHUNK_NUMBERS = {"cpu": 2**18}
+CHUNK_NUMBERS = {"cpu": 2**17}
 LARGE_CHUNK_NUMBERS = 2**25
 
 # tables of positions, which are looked up once for a whole batch and added to each of its examples
@@ -68,9 +68,9 @@ class Use:
         """Whether the parameter is a table here, of which single rows are read."""
         return _is_table(self.module)
 
-    def of(self, rows: slice) -> Use:
-        """The same for some examples."""
-        return Use(self.module, self.own, self.given[rows], self.gradient[rows])
+    def of(self, examples: slice, rows: slice) -> Use:
+        """The same for some examples, and of a linear layer's weight for some of its rows."""
+        return Use(self.module, self.own, self.given[examples], self.gradient[examples, ..., rows])
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Of a table: the rows that were read [B, T], and in float32 what came back [B, T, H]."""
@@ -172,12 +172,13 @@ class PerExample:
                 _add_rows(uses, function, weights, into[name])
                 continue
             numbers = CHUNK_NUMBERS.get(scores.device.type, LARGE_CHUNK_NUMBERS)
-            size = max(1, numbers // into[name].numel())
-            for start in range(0, len(scores), size):
-                rows = slice(start, start + size)
-                found = function(_of_examples(uses, rows))
-                total = torch.mv(found.flatten(1).t(), weights[rows])
-                into[name].add_(total.view_as(into[name]))
+            for rows in _blocks(uses, into[name], numbers):
+                total = into[name][rows].view(-1)
+                size = max(1, numbers // len(total))
+                for start in range(0, len(scores), size):
+                    examples = slice(start, start + size)
+                    found = function(_of_examples(uses, examples, rows))
+                    total.addmv_(found.flatten(1).t(), weights[examples])
 
     def add_single(
         self,
@@ -217,10 +218,27 @@ class PerExample:
         return uses
 
 
-def _of_examples(uses: Sequence[Use], rows: slice) -> Tensor:
-    """The gradients of some examples [b, *shape], summed over the uses of a parameter."""
+def _blocks(uses: Sequence[Use], parameter: Tensor, numbers: int) -> list[slice]:
+    """Cuts a linear layer's weight into blocks of rows of at most so many numbers; others are one.
+
+    A row of it belongs to one number of what the layer puts out.
+    """
+    if parameter.dim() < 2 or any(_handler(use.module) is not _linear for use in uses):
+        return [slice(None)]
+    height = max(1, numbers // parameter[0].numel())
+    return [slice(start, start + height) for start in range(0, len(parameter), height)]
+
+
+def _of_examples(uses: Sequence[Use], examples: slice, rows: slice) -> Tensor:
+    """The gradients of some examples [b, *shape], summed over the uses of a parameter.
+
+    Args:
+        uses: Of the parameter.
+        examples: Which.
+        rows: Of a linear layer's weight, see `_blocks`.
+    """
     total: Tensor | None = None
-    chosen = [use.of(rows) for use in uses]
+    chosen = [use.of(examples, rows) for use in uses]
     for use in chosen:
         if not use.in_table:
             handler = _handler(use.module)

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from clpeft.composition import settle
 from clpeft.config import ConfigError
-from clpeft.registry import PEFT_METHODS
 from clpeft.training.run import Run
 from tests.running import build_it, compose_only
-from tests.settings import PEFT_SETTINGS, base_of
+from tests.settings import PEFT_SETTINGS
 
 Overrides = Callable[..., list[str]]
 
@@ -49,8 +48,8 @@ def gradients(run: Run) -> tuple[list[Tensor], int]:
 def test_gradients_are_the_same(
     tiny: Overrides, tmp_path: Path, name: str, quantization: str
 ) -> None:
-    settings: Any = PEFT_METHODS[base_of(name)].config
     model = PEFT_SETTINGS[name].models[0]
+    settings: Any = settle(compose_only(tiny("finetune", model=model, peft=name))).peft
     if quantization != "none" and not settings.supports_quantized:
         return  # refused whether activations are recomputed or not: tests of combinations
     overrides = tiny("finetune", f"quantization={quantization}", model=model, peft=name)
