@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from clpeft.training.run import Run
 
 ADAPTER = "default"
+RANKS = {"lora_E": 0, "lora_A": 0, "lora_B": 1}  # which dimension of Λ, Q and P they are in
 
 
 def orthogonality(matrices: Sequence[Tensor]) -> Tensor:
@@ -113,6 +114,24 @@ def kept_entries(scores: Sequence[Tensor], ranks: int) -> list[Tensor]:
     return list(kept.split([len(part) for part in scores]))
 
 
+def with_new_ranks(saved: Tensor, new: Tensor, ranks: int) -> Tensor:
+    """A matrix that ranks were taken from, with new ones behind those that are left.
+
+    Args:
+        saved: Λ's entries [k, 1], Q [k, d_in] or P [d_out, k].
+        new: The same as it is drawn, with r ranks. Λ's entries are 0 then, so that new ranks add
+            nothing until they have learned something.
+        ranks: The dimension that the ranks are in.
+
+    Returns:
+        With r ranks; as it is saved, if it is of a model of other sizes.
+    """
+    if saved.shape[1 - ranks] != new.shape[1 - ranks]:
+        return saved
+    count = saved.shape[ranks]
+    return torch.cat([saved, new.narrow(ranks, count, new.shape[ranks] - count)], dim=ranks)
+
+
 class RankAllocation(Strategy):
     """What AdaLoRA does to training: ΔW = s·P·Λ·Q, and of all modules' triplets the best stay.
 
@@ -143,8 +162,6 @@ class RankAllocation(Strategy):
 
         model: Any = run.model
         self._saved = model.peft_config[ADAPTER]
-        # a model that came with its ranks allocated keeps them
-        self._allocates = self._saved.rank_pattern is None
         self._layers: dict[str, Any] = {
             path.removeprefix("base_model.model."): module
             for path, module in model.named_modules()
@@ -168,7 +185,7 @@ class RankAllocation(Strategy):
     def transform_gradients(self, run: Run) -> Mapping[str, float | Tensor]:
         """Changes none; takes the weights' importance from them, and logs the ranks there are."""
         self._steps = run.steps_of_task
-        if self._allocates and not self._settled:
+        if not self._settled:
             gradients = [
                 torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters
             ]
@@ -179,8 +196,6 @@ class RankAllocation(Strategy):
         return {"adalora/rank": self._ranks / len(self._layers)}
 
     def after_step(self, run: Run) -> None:
-        if not self._allocates:
-            return
         step, (warmup, end) = run.step_of_task, self._schedule()
         if self._settled:
             self._cut()
@@ -191,7 +206,7 @@ class RankAllocation(Strategy):
 
     def after_task(self, run: Run, task: EncodedTask) -> None:
         # its last steps may have been left out, and a task may have had none
-        if self._allocates and self._steps and not self._settled:
+        if self._steps and not self._settled:
             self._settle()
         self._describe()
 
@@ -285,6 +300,20 @@ class AdaLoraSettings(PeftMethodConfig):
     modules_to_save: list[str] | None = None  # trained whole, beside the task head
 
     companion: ClassVar[type[Strategy] | None] = RankAllocation
+    # which ranks are left belongs to a task, and `r` is LoRA's, which AdaLoRA does not read
+    of_training: ClassVar[frozenset[str]] = frozenset(
+        """rank_pattern r target_r total_step tinit tfinal deltaT beta1 beta2
+        orth_reg_weight""".split()
+    )
+
+    def to_go_on(self, saved: dict[str, Tensor], new: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Ranks that were taken away come again, as at the beginning of every task."""
+        whole = {
+            name: with_new_ranks(saved[name], new[name], RANKS[part])
+            for name in saved.keys() & new.keys()
+            if (part := name.rpartition(".")[2]) in RANKS
+        }
+        return saved | whole
 
     def check(self) -> None:
         if self.target_r >= self.init_r:

@@ -13,7 +13,7 @@ from clpeft.registry import PEFT_METHODS
 from clpeft.strategies.base import Strategy
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 PEFT_TASK_TYPES = {
     "sequence_classification": "SEQ_CLS",
@@ -46,6 +46,9 @@ class PeftMethodConfig:
     conflicts: ClassVar[Mapping[str, str]] = {}
     # What PEFT calls its adapter, in lower case; None: as it is called here.
     peft_type: ClassVar[str | None] = None
+    # Fields of PEFT's config that say how training goes: an adapter that a run starts from may
+    # have others.
+    of_training: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def kind(self) -> str:
@@ -68,6 +71,18 @@ class PeftMethodConfig:
         Raises:
             ConfigError: If they are impossible.
         """
+
+    def to_go_on(self, saved: dict[str, Tensor], new: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What an adapter that a run starts from gives to the one that the run trains.
+
+        Args:
+            saved: Name to weight, as the adapter's file has them.
+            new: Likewise, those that the run's adapter was made with.
+
+        Returns:
+            The weights that the run starts with.
+        """
+        return saved
 
 
 def peft_task(model: nn.Module, task_type: str) -> str | None:

@@ -73,13 +73,13 @@ def take_over(model: nn.Module, source: str, method: Any) -> None:
             f"{carried.base_model_name_or_path}."
         )
     asked = model.peft_config[ADAPTER]
-    if told := _differences(carried, asked, model):
+    if told := _differences(carried, asked, model, method.of_training):
         raise ConfigError(
             f"The adapter in {source} is not the one that peft={method.kind} makes here ({told}); "
             f"set peft's settings to the adapter's, or model.path to its base model."
         )
-    weights = load_peft_weights(source, device="cpu")
     own = get_peft_model_state_dict(model, adapter_name=ADAPTER)
+    weights = method.to_go_on(load_peft_weights(source, device="cpu"), own)
     if told := _misfits(weights, own):
         raise ConfigError(
             f"The adapter in {source} does not fit the model of this run ({told}); start from its "
@@ -89,13 +89,15 @@ def take_over(model: nn.Module, source: str, method: Any) -> None:
     log.info("the run starts from the %s adapter in %s", kind, source)
 
 
-def _differences(carried: PeftConfig, asked: PeftConfig, model: PeftModel) -> str:
+def _differences(
+    carried: PeftConfig, asked: PeftConfig, model: PeftModel, of_training: frozenset[str]
+) -> str:
     """The settings that two adapters do not share, as `r is 4 there and 8 here`."""
     one, other = _settings(carried), _settings(asked)
     told = sorted(
         f"{key} is {one[key]} there and {other[key]} here"
         for key in one.keys() & other.keys()
-        if one[key] != other[key] and _counts(key)
+        if one[key] != other[key] and key not in of_training and _counts(key)
     )
     if "target_modules" in other:
         paths = [path for path, _ in model.get_base_model().named_modules()]
@@ -121,7 +123,8 @@ def _counts(key: str) -> bool:
     """Whether a setting is the adapter's own, and not one of how its training starts or goes."""
     if key in NO_MATTER | BY_MODULES:
         return False
-    return not key.startswith("init_") and not key.endswith("dropout")
+    begins = key.startswith("init_") and key != "init_r"  # which is AdaLoRA's rank
+    return not begins and not key.endswith("dropout")
 
 
 def _targets(config: PeftConfig, path: str) -> bool:

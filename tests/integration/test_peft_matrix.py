@@ -24,12 +24,13 @@ import clpeft
 from clpeft.composition import settle
 from clpeft.config import ConfigError
 from clpeft.export import export
-from tests.running import Outcome, compose_only, killed_at, run_it, same_run
+from tests.running import Outcome, build_it, compose_only, killed_at, run_it, same_run
 from tests.settings import PEFT_SETTINGS, TASK_TYPES, base_of
 
 NAMES = sorted(PEFT_SETTINGS)
 WHOLE = {"full", "lisa_layerwise"}  # train the base itself
 UNMERGED = {"bottleneck", "lisa_hybrid", "p_tuning", "prefix", "prompt"}
+LOST = {"p_tuning"}  # the network that makes its prompt
 ADAPTERS = [name for name in NAMES if name not in WHOLE]
 AUTO = {
     "causal_lm": AutoModelForCausalLM,
@@ -126,6 +127,28 @@ def test_saved_adapters_are_the_model_that_was_trained(
     for task in (2, 1, 2):
         together.set_adapter(f"task{task}")
         assert torch.equal(logits(outcome, together), alone[task - 1])
+
+
+@pytest.mark.parametrize(("name", "model"), cells(ADAPTERS))
+def test_a_run_goes_on_from_its_adapter(
+    finished: Finished, tiny: Overrides, tmp_path: Path, name: str, model: str
+) -> None:
+    outcome = finished("finetune", *SHORT, model=model, peft=name)
+    folder = next((outcome.directory / "adapters").glob("2_*"))
+    overrides = tiny("finetune", *SHORT, f"model.path={folder}", model=model, peft=name)
+    if base_of(name) in LOST:
+        with pytest.raises(ConfigError, match="holds what a network made that was not saved"):
+            build_it(overrides, tmp_path)
+        return
+    run = build_it(overrides, tmp_path)
+
+    # float32 sums of fewer terms, where not exact
+    trained = logits(outcome, outcome.run.model)
+    torch.testing.assert_close(logits(outcome, run.model), trained, rtol=1e-4, atol=1e-5)
+    # once, and nothing beside it
+    shapes = {name: p.shape for name, p in run.trainable.items()}
+    assert shapes == {name: p.shape for name, p in outcome.trainable.items()}
+    assert len(list(run.model.parameters())) == len(outcome.before)
 
 
 @pytest.mark.parametrize(("name", "model"), cells(NAMES))

@@ -26,6 +26,7 @@ from clpeft.peft_methods.adalora import (
     ranks_at,
     smooth,
     triplet_scores,
+    with_new_ranks,
 )
 from clpeft.peft_methods.base import apply_peft
 from clpeft.training.guard import Guard
@@ -399,6 +400,56 @@ def test_choice_is_made_although_its_step_is_left_out(
     for name, kept in config["rank_pattern"].items():
         values = outcome.run.trainable[f"base_model.model.{name}.default"][:, 0]
         assert (values != 0).tolist() == kept
+
+
+def test_new_ranks_stand_behind_those_that_are_left() -> None:
+    saved, new = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0], [5.0, 6.0]])
+
+    assert with_new_ranks(saved, new, 0).tolist() == [[1.0, 2.0], [5.0, 6.0]]
+    assert with_new_ranks(saved.T, new, 1).tolist() == [[1.0, 4.0], [2.0, 6.0]]
+    assert with_new_ranks(saved[:0], new, 0).tolist() == new.tolist()  # none was left
+    assert with_new_ranks(torch.ones(1, 3), new, 0).tolist() == [[1.0, 1.0, 1.0]]
+
+
+def test_a_run_that_starts_from_an_adapter_has_all_its_ranks_again(
+    finished: Finished, tiny: Overrides, tmp_path: Path
+) -> None:
+    first = finished("finetune", TWO, peft="adalora")
+    folder = next((first.directory / "adapters").glob("2_*"))
+    _, saved = adapter(first, 2)
+    # how training goes may differ, and how much is left in the end
+    more = ("peft.target_r=2", "peft.deltaT=1", "peft.tinit=0.2", "peft.orth_reg_weight=0.2")
+    overrides = tiny("finetune", TWO, f"model.path={folder}", *more, peft="adalora")
+    outcome = run_it(overrides, tmp_path / "run")
+
+    began = {name: value for name, value in outcome.before.items() if ".lora_E." in name}
+    assert len(began) == MODULES
+    for name, values in began.items():
+        kept = saved[name.removesuffix(".default")]
+        assert torch.equal(values, torch.cat([kept, torch.zeros(INIT - len(kept), 1)]))
+        # a new rank can learn only if its vectors are not 0 too
+        assert outcome.before[name.replace("lora_E", "lora_A")].any(dim=1).all()
+        assert outcome.before[name.replace("lora_E", "lora_B")].any(dim=0).all()
+    assert outcome.steps(0)[0]["train/adalora/rank"] == INIT
+    assert outcome.steps(0)[-1]["train/adalora/rank"] == 2
+    written, _ = adapter(outcome, 1)
+    assert sum(map(sum, written["rank_pattern"].values())) == MODULES * 2
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("peft.init_r=5", r"\(init_r is 6 there and 5 here\)"),
+        ("peft.alpha=4", r"\(lora_alpha is 32(\.0)? there and 4(\.0)? here\)"),
+    ],
+)
+def test_an_adapter_of_other_ranks_or_scale_is_refused(
+    finished: Finished, tiny: Overrides, tmp_path: Path, override: str, told: str
+) -> None:
+    folder = next((finished("finetune", TWO, peft="adalora").directory / "adapters").glob("2_*"))
+
+    with pytest.raises(ConfigError, match=told):
+        build_it(tiny("finetune", f"model.path={folder}", override, peft="adalora"), tmp_path)
 
 
 @pytest.mark.parametrize("boundary", [1, 2])
