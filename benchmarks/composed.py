@@ -8,10 +8,10 @@ from hydra import compose, initialize_config_module
 
 from clpeft.composition import register_schemas, settle
 from clpeft.config import Config
-from clpeft.experiment import build_run, make_loop
 from clpeft.launching import quiet_libraries
 from clpeft.stopping import StopRequests
 from clpeft.tracking.base import Observer
+from clpeft.training.build import build_run, make_loop
 from clpeft.training.checkpoint import Checkpoints
 from clpeft.training.loop import Loop
 

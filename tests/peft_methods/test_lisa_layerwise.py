@@ -26,7 +26,6 @@ from transformers import (
 
 from clpeft.composition import settle
 from clpeft.config import ConfigError
-from clpeft.experiment import build_run
 from clpeft.models.layers import layers_of
 from clpeft.peft_methods.lisa_layerwise import (
     LayersInTurn,
@@ -38,6 +37,7 @@ from clpeft.strategies.base import Strategy
 from clpeft.strategies.finetune import Finetune
 from clpeft.strategies.fisher import fisher_diagonal
 from clpeft.strategies.si import SI
+from clpeft.training.build import build_run
 from clpeft.training.loop import Loop
 from clpeft.training.run import Run
 from tests.running import Outcome, compose, compose_only, run_it, same_bits

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from clpeft.experiment import build_run
 from clpeft.strategies.olora import OLoRA, orthogonality
+from clpeft.training.build import build_run
 from clpeft.training.run import Run
 from tests.running import Outcome, compose
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clpeft.experiment import build_run
 from clpeft.strategies.fisher import fisher_diagonal
 from clpeft.strategies.per_example import CHUNK_NUMBERS, PerExample
+from clpeft.training.build import build_run
 from clpeft.training.run import Run
 from tests.running import compose
 
