@@ -144,10 +144,12 @@ def check(composed: DictConfig, directory: Path) -> Config:
         ConfigError: If the config could not work, or the directory holds another run.
     """
     from clpeft.models.load import check_model
+    from clpeft.peft_methods.carried import check_method
     from clpeft.streams.base import check_stream
 
     config = settle(composed)
     check_model(config.model)
+    check_method(config.model.path, config.peft)
     check_stream(config.stream, config.paths.data_dir)
     RunDirectory(directory).check_is_for(composed)
     return config

@@ -121,5 +121,7 @@ def apply_peft(model: nn.Module, config: Any, task_type: str, new: Sequence[str]
 
 def method_of(peft_type: str) -> str:
     """What the method is called here that PEFT's type of adapter belongs to, in lower case."""
+    if peft_type in PEFT_METHODS:
+        return peft_type
     named = {entry.config.peft_type: entry.name for entry in PEFT_METHODS}  # type: ignore[attr-defined]
     return named.get(peft_type, peft_type)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clpeft.config import ConfigError
 from clpeft.models.adapted import adapter_settings
-from clpeft.peft_methods.base import method_of
+from clpeft.peft_methods.base import PeftMethodConfig, method_of
 from clpeft.registry import PEFT_METHODS
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
-    from torch import nn
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,37 @@ NO_MATTER = {
 BY_MODULES = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
 
 
-def take_over(model: nn.Module, source: str, method: Any) -> None:
+def check_method(path: str | None, method: PeftMethodConfig) -> None:
+    """Refuses an adapter to start from that the chosen method does not make or cannot train.
+
+    Its settings are compared later, by `take_over`: some need the model.
+
+    Args:
+        path: `model.path`, which may hold an adapter.
+        method: Settings of the chosen PEFT method.
+
+    Raises:
+        ConfigError: If it holds such an adapter.
+    """
+    if path is None or (settings := adapter_settings(str(Path(path).expanduser()))) is None:
+        return
+    there = settings["peft_type"].lower()
+    if there != (method.peft_type or method.kind):
+        kind = method_of(there)
+        right = f"peft={kind}" if kind in PEFT_METHODS else f"peft=any peft.type={there.upper()}"
+        raise ConfigError(
+            f"peft={method.kind} was asked for, but model.path={path} holds a {kind} adapter; "
+            f"choose {right}, or set model.path to its base model."
+        )
+    if there == "p_tuning" or settings.get("prefix_projection"):
+        raise ConfigError(
+            f"The adapter in model.path={path} holds what a network made that was not saved with "
+            f"it, so that it cannot be trained on; start from its base model, "
+            f"{settings['base_model_name_or_path']}."
+        )
+
+
+def take_over(model: Any, source: str, method: PeftMethodConfig) -> None:
     """Gives the adapter that was put on a model the weights of the one in its source, if any.
 
     So it is applied once, by the same way as a new one, and is what the run's settings say.
@@ -48,31 +78,12 @@ def take_over(model: nn.Module, source: str, method: Any) -> None:
         return
     from peft import (
         PeftConfig,
-        PeftModel,
-        PeftType,
         get_peft_model_state_dict,
         load_peft_weights,
         set_peft_model_state_dict,
     )
 
-    carried = PeftConfig.from_pretrained(source)
-    kind = method_of(carried.peft_type.value.lower())
-    if (
-        not isinstance(model, PeftModel)
-        or model.peft_config[ADAPTER].peft_type != carried.peft_type
-    ):
-        right = f"peft={kind}" if kind in PEFT_METHODS else "the method that makes such a one"
-        raise ConfigError(
-            f"peft={method.kind} was asked for, but {source} carries a {kind} adapter; choose "
-            f"{right}, or set model.path to its base model."
-        )
-    if carried.peft_type == PeftType.P_TUNING or carried.to_dict().get("prefix_projection"):
-        raise ConfigError(
-            f"The adapter in {source} holds what a network made that was not saved with it, so "
-            f"that it cannot be trained on; start from its base model, "
-            f"{carried.base_model_name_or_path}."
-        )
-    asked = model.peft_config[ADAPTER]
+    carried, asked = PeftConfig.from_pretrained(source), model.peft_config[ADAPTER]
     if told := _differences(carried, asked, model, method.of_training):
         raise ConfigError(
             f"The adapter in {source} is not the one that peft={method.kind} makes here ({told}); "
@@ -86,7 +97,7 @@ def take_over(model: nn.Module, source: str, method: Any) -> None:
             f"base model."
         )
     set_peft_model_state_dict(model, weights, adapter_name=ADAPTER)
-    log.info("the run starts from the %s adapter in %s", kind, source)
+    log.info("the run starts from the %s adapter in %s", method.kind, source)
 
 
 def _differences(

@@ -20,6 +20,7 @@ class FrozenConfig(PeftMethodConfig):
     """Settings of training a head alone: none."""
 
     task_types: ClassVar[frozenset[str]] = frozenset({"sequence_classification"})
+    peft_type: ClassVar[str] = "lora"
     task_types_reason: ClassVar[str | None] = "a language model has no head that is new to train"
 
 

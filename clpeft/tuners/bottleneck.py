@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from clpeft.config import ConfigError
-from clpeft.peft_methods.registration import new_peft_type
+from clpeft.tuners.types import new_peft_type
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
 

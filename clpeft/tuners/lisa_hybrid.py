@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from clpeft.models.virtual_tokens import before_text, places, widened
-from clpeft.peft_methods.registration import new_peft_type
+from clpeft.tuners.types import new_peft_type
 
 LISA_HYBRID = new_peft_type("LISA_HYBRID")
 

@@ -14,8 +14,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from clpeft.config import ConfigError, ModelConfig
+from clpeft.launching import check
 from clpeft.models.load import check_model, load_model
-from tests.running import Outcome, build_it, run_it, same_bits
+from tests.running import Outcome, build_it, compose, compose_only, run_it, same_bits
 
 Tiny = Callable[..., list[str]]
 SHORT = ("stream.num_tasks=2", "evaluation.ahead=false")
@@ -112,19 +113,42 @@ def test_an_adapter_that_others_made(adapter: Path, tiny: Tiny, tmp_path: Path) 
         ("peft.target=attention", r"\(adapted there only: none; here only: k_proj, o_proj\)"),
         ("peft.target=[q_proj]", r"\(adapted there only: v_proj; here only: none\)"),
         ("peft.modules_to_save=[norm]", r"modules_to_save is None there and \['norm'\] here"),
-        ("peft=full", "peft=full was asked for, but .* carries a lora adapter; choose peft=lora"),
     ],
 )
 def test_another_adapter_than_asked_for_is_refused(
     adapter: Path, tiny: Tiny, tmp_path: Path, override: str, told: str
 ) -> None:
-    overrides = starting_from(adapter, tiny, override)
-    if override == "peft=full":
-        overrides = [o for o in overrides if not o.startswith("peft.")]
-
     with pytest.raises(ConfigError, match=told) as error:
-        build_it(overrides, tmp_path)
+        build_it(starting_from(adapter, tiny, override), tmp_path)
     assert str(adapter) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("made_by", "asked", "right"),
+    [
+        ("lora", "full", "lora"),
+        ("lora", "adalora", "lora"),
+        ("any:loha", "lora", "any peft.type=LOHA"),
+        ("prefix", "prompt", "prefix"),
+        ("bottleneck", "lora", "bottleneck"),
+        ("lora", "any:loha", "lora"),
+    ],
+)
+def test_another_method_is_refused_before_a_model_is_loaded(
+    tiny: Tiny, tmp_path: Path, made_by: str, asked: str, right: str
+) -> None:
+    method = compose(tiny("finetune", peft=made_by))[1].peft
+    kind = (method.peft_type or method.kind).upper()
+    base = str(compose(tiny("finetune"))[1].model.path)
+    told = {"peft_type": kind, "base_model_name_or_path": base}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(told))
+    overrides = tiny("finetune", f"model.path={tmp_path}", peft=asked)
+
+    name = asked.removeprefix("any:")
+    match = f"peft={name} was asked for, .*; choose peft={right}, or set model.path to its base"
+    with pytest.raises(ConfigError, match=match):
+        check(compose_only(overrides), tmp_path / "run")
+    check(compose_only(tiny("finetune", f"model.path={tmp_path}", peft=made_by)), tmp_path / "run")
 
 
 def test_a_head_over_other_labels_is_refused(

@@ -17,7 +17,7 @@ from transformers import (
 from clpeft.config import ConfigError, ModelConfig
 from clpeft.models.load import count_parameters, load_model
 from clpeft.peft_methods.base import apply_peft
-from clpeft.peft_methods.carried import take_over
+from clpeft.peft_methods.carried import check_method, take_over
 from clpeft.peft_methods.prompt import PromptSettings
 from tests.architectures import build
 from tests.peft_methods.learned_prompts import VIRTUAL, settings
@@ -161,10 +161,10 @@ def test_a_run_may_go_on_from_a_learned_one(
     assert prompt.grad is not None
     assert prompt.grad.abs().max() > 0
 
-    other = apply_peft(AutoModelForCausalLM.from_pretrained(folder), lora(), "causal_lm", [])
-    told = rf"peft=lora was asked for, but .* carries a {method} adapter; choose peft={method}"
+    check_method(str(tmp_path), settings(method))
+    told = rf"peft=lora was asked for, but .* holds a {method} adapter; choose peft={method},"
     with pytest.raises(ConfigError, match=told):
-        take_over(other, str(tmp_path), lora())
+        check_method(str(tmp_path), lora())
 
 
 def test_a_classifier_gone_on_with_finds_the_last_token_too(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from peft import PeftType
 
-from clpeft.peft_methods.registration import new_peft_type
+from clpeft.tuners.types import new_peft_type
 
 
 @pytest.fixture
