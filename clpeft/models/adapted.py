@@ -12,15 +12,30 @@ from clpeft.config import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
 
 def adapter_settings(source: str) -> dict[str, Any] | None:
     """What an adapter's folder says of it; None where there is no adapter.
 
     Args:
         source: A folder, or a name on the Hub, which is taken for a whole model.
+
+    Raises:
+        ConfigError: If it is not told as PEFT tells it.
     """
     file = Path(source) / "adapter_config.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        settings: dict[str, Any] = json.loads(file.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{file} is no JSON ({error}); PEFT has to save it anew.") from error
+    if missing := {"peft_type", "base_model_name_or_path"} - settings.keys():
+        raise ConfigError(
+            f"{file} does not tell {' and '.join(sorted(missing))}; PEFT has to save it anew."
+        )
+    return settings
 
 
 def whole_source(source: str) -> str:
@@ -45,6 +60,11 @@ def check_adapter(source: str) -> None:
         raise ConfigError(
             f"model.path={source} holds a whole model (config.json) and an adapter "
             f"(adapter_config.json); put the adapter's files into a folder of their own."
+        )
+    if not any((Path(source) / name).is_file() for name in WEIGHTS):
+        raise ConfigError(
+            f"model.path={source} holds an adapter's settings (adapter_config.json) without its "
+            f"weights; put {WEIGHTS[0]} beside them."
         )
     base = settings["base_model_name_or_path"]
     where = f"base_model_name_or_path in {source}/adapter_config.json is {base}"

@@ -142,6 +142,7 @@ def test_another_method_is_refused_before_a_model_is_loaded(
     base = str(compose(tiny("finetune"))[1].model.path)
     told = {"peft_type": kind, "base_model_name_or_path": base}
     (tmp_path / "adapter_config.json").write_text(json.dumps(told))
+    (tmp_path / "adapter_model.safetensors").touch()
     overrides = tiny("finetune", f"model.path={tmp_path}", peft=asked)
 
     name = asked.removeprefix("any:")
@@ -185,6 +186,24 @@ def test_folders_that_cannot_be_told_are_refused(adapter: Path, tmp_path: Path) 
         with pytest.raises(ConfigError, match=told):
             check_model(config(folder))
         shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("{", r"adapter_config.json is no JSON \(Expecting property name"),
+        ("{}", "does not tell base_model_name_or_path and peft_type; PEFT has to save it"),
+        (None, "holds an adapter's settings .* without its weights; put adapter_model.safetensors"),
+    ],
+)
+def test_half_an_adapter_is_refused(
+    adapter: Path, tmp_path: Path, content: str | None, told: str
+) -> None:
+    content = (adapter / "adapter_config.json").read_text() if content is None else content
+    (tmp_path / "adapter_config.json").write_text(content)
+
+    with pytest.raises(ConfigError, match=told):
+        check_model(config(tmp_path))
 
 
 def test_a_whole_model_beside_an_adapter_is_refused(
