@@ -435,8 +435,10 @@ def _unknown_key(key: str) -> str:
             f"{key} is set although the strategy '{name}' was not chosen; "
             f"choose strategy={name} or leave it out."
         )
-    if key.startswith("peft.options"):
+    if key == "peft.options":
         return f"{key} adds an option to those that are set: write +peft.options.<name>=<value>."
+    if key.startswith("peft.options."):
+        return f"{key} is none of the options that are set; to add one write +{key}=<value>."
     options = [
         f"{group}={name}"
         for group, name, schema in _chosen_schemas()

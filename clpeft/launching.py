@@ -65,7 +65,7 @@ def launch(composed: DictConfig, directory: Path) -> float | None:
     try:
         config = check(composed, directory)
         check_machine(config)
-    except ConfigError:
+    except Exception:  # also of OmegaConf's, as for a value that is missing
         record.discard_if_empty()
         raise
     if config.force and int(os.environ.get("SLURM_RESTART_COUNT", "0")):

@@ -142,6 +142,11 @@ def test_help_of_a_run_shows_groups_and_keys(clpeft: Callable[..., Answer]) -> N
         (["paths.output_dir=/dev/null/x"], "the run directory cannot be made (Not a directory"),
         (["peft.target=null"], "peft.target=None names no modules"),
         (["peft.target=[]"], "peft.target=[] names no modules"),
+        (["peft=any"], "peft.type has no value yet and needs one."),
+        (
+            ["peft=any", "peft.type=LORA"],
+            "peft.type=LORA has settings of its own: choose peft=lora",
+        ),
         (["evaluation.mode=guess"], "choose one of rank, generate"),
         (["model.path=/no/such"], "model.path=/no/such is not a folder"),
     ],

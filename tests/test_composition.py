@@ -146,7 +146,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "option beside those of a file": (
         ("peft=vera", "peft.options.bias=all"),
-        "peft.options.bias adds an option to those that are set: write +peft.options.<name>=<va",
+        "peft.options.bias is none of the options that are set; to add one write +peft.options.bi",
     ),
     "options beside those of a file": (
         ("peft=vera", "peft.options={bias:all}"),

@@ -85,7 +85,11 @@ NOT_QUANTIZED = QuantizationConfig("none")
 
 
 def quiet_bitsandbytes() -> None:
-    """Leaves it its errors; it says of each product that its inputs are rounded to 16 bits."""
+    """Leaves it its errors.
+
+    It says of each product that its inputs are rounded to 16 bits, and as it is imported which of
+    its kernels a machine has no package for.
+    """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 

@@ -21,6 +21,7 @@ from typing import (
 from omegaconf import MISSING
 
 from clpeft.config import ConfigError, nearest
+from clpeft.models.quantize import quiet_bitsandbytes
 from clpeft.peft_methods.base import PEFT_TASK_TYPES, PeftMethodConfig
 from clpeft.peft_methods.wrap import wrap
 from clpeft.registry import PEFT_METHODS
@@ -68,7 +69,7 @@ class AnySettings(PeftMethodConfig):
     options: Any = None  # fields of PEFT's config of that type
 
     task_types_reason: ClassVar[str | None] = "PEFT trains no head beside it"
-    quantized_reason: ClassVar[str] = "was not seen to train on quantized weights"
+    quantized_reason: ClassVar[str] = "is not known to train on other than dense weights"
 
     @property
     def kind(self) -> str:
@@ -149,6 +150,7 @@ def config_class(name: str) -> type[PeftConfig]:
     Raises:
         ConfigError: If there is none of that name, or it is not for `peft=any`.
     """
+    quiet_bitsandbytes()  # which PEFT imports
     import peft  # noqa: F401  fills the mapping
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
