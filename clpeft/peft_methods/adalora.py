@@ -12,8 +12,9 @@ from omegaconf import MISSING
 from torch import Tensor
 
 from clpeft.config import ConfigError, above, at_least, between
+from clpeft.models.targets import check_target
 from clpeft.peft_methods.base import PeftMethodConfig
-from clpeft.peft_methods.wrap import check_modules, wrap
+from clpeft.peft_methods.wrap import wrap
 from clpeft.registry import PEFT_METHODS
 from clpeft.strategies.base import Strategy
 
@@ -290,7 +291,7 @@ class AdaLoraSettings(PeftMethodConfig):
     target_r: int = at_least(1)  # ranks per module at its end, on average
     alpha: float = above(0)
     dropout: float = between(0, 1)
-    target: Any = MISSING  # auto (query and value), all-linear, or a list of module names
+    target: Any = MISSING  # minimal, attention, all-linear, or a list of module names
     tinit: float = between(0, 1)  # share of a task's steps before ranks are taken away
     tfinal: float = between(0, 1)  # share of a task's steps after it, with the ranks left
     deltaT: int = at_least(1)  # steps from one allocation to the next
@@ -306,6 +307,10 @@ class AdaLoraSettings(PeftMethodConfig):
         orth_reg_weight""".split()
     )
 
+    @property
+    def trained_whole(self) -> list[str]:
+        return self.modules_to_save or []
+
     def to_go_on(self, saved: dict[str, Tensor], new: dict[str, Tensor]) -> dict[str, Tensor]:
         """Ranks that were taken away come again, as at the beginning of every task."""
         whole = {
@@ -316,6 +321,7 @@ class AdaLoraSettings(PeftMethodConfig):
         return saved | whole
 
     def check(self) -> None:
+        check_target(self.target)
         if self.target_r >= self.init_r:
             raise ConfigError(
                 f"peft.target_r={self.target_r} leaves nothing to take away from peft.init_r="
@@ -343,7 +349,6 @@ def apply_adalora(
     """
     from peft import AdaLoraConfig
 
-    check_modules(model, config.modules_to_save or [], "peft.modules_to_save")
     return wrap(
         model,
         AdaLoraConfig,

@@ -22,6 +22,7 @@ from omegaconf import MISSING
 
 from clpeft.config import ConfigError, nearest
 from clpeft.models.quantize import quiet_bitsandbytes
+from clpeft.models.targets import check_target
 from clpeft.peft_methods.base import PEFT_TASK_TYPES, PeftMethodConfig
 from clpeft.peft_methods.wrap import wrap
 from clpeft.registry import PEFT_METHODS
@@ -64,7 +65,7 @@ class AnySettings(PeftMethodConfig):
     """Settings of a method that PEFT has."""
 
     type: str = MISSING  # of peft.PeftType, such as VERA
-    # auto (query and value), all-linear, a list of module names, or null: left to PEFT
+    # minimal, attention, all-linear, a list of module names, or null: left to PEFT
     target: Any = MISSING
     options: Any = None  # fields of PEFT's config of that type
 
@@ -83,6 +84,10 @@ class AnySettings(PeftMethodConfig):
     @property
     def supports_quantized(self) -> bool:  # type: ignore[override]
         return self.type in ON_QUANTIZED
+
+    @property
+    def trained_whole(self) -> list[str]:
+        return (self.options or {}).get("modules_to_save") or []
 
     def check(self) -> None:
         known = _fields(config_class(self.type))
@@ -109,6 +114,8 @@ class AnySettings(PeftMethodConfig):
                 f"peft.target={self.target} means nothing to peft.type={self.type}, which adapts "
                 f"no modules; set peft.target=null."
             )
+        if self.target is not None:
+            check_target(self.target)
         try:
             config_class(self.type)(**options)
         except ValueError as error:

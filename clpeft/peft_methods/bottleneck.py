@@ -34,6 +34,10 @@ class BottleneckSettings(PeftMethodConfig):
     target: Any = MISSING  # auto (by placement), or a list of module names
     modules_to_save: list[str] | None = None  # trained whole, beside the task head
 
+    @property
+    def trained_whole(self) -> list[str]:
+        return self.modules_to_save or []
+
     def check(self) -> None:
         listed = isinstance(self.target, list) and self.target
         if self.target != "auto" and not (listed and all(isinstance(n, str) for n in self.target)):

@@ -11,7 +11,7 @@ from omegaconf import MISSING
 
 from clpeft.config import ConfigError
 from clpeft.peft_methods.base import PeftMethodConfig
-from clpeft.peft_methods.wrap import check_modules, wrap
+from clpeft.peft_methods.wrap import wrap
 from clpeft.registry import PEFT_METHODS
 
 if TYPE_CHECKING:
@@ -56,6 +56,10 @@ class IA3Settings(PeftMethodConfig):
     feedforward: list[str] | None = None
     modules_to_save: list[str] | None = None  # trained whole, beside the task head
 
+    @property
+    def trained_whole(self) -> list[str]:
+        return self.modules_to_save or []
+
     def check(self) -> None:
         if self.target == "auto":
             if self.feedforward is not None:
@@ -88,7 +92,6 @@ def apply_ia3(
     """
     from peft import IA3Config
 
-    check_modules(model, config.modules_to_save or [], "peft.modules_to_save")
     modules: dict[str, Any]
     if config.target == "auto":
         attention, forward = find_scaled(model)

@@ -12,7 +12,7 @@ from omegaconf import MISSING
 from clpeft.config import ConfigError, above, at_least, between, nearest, one_of
 from clpeft.models.targets import check_target, find_targets
 from clpeft.peft_methods.base import PeftMethodConfig
-from clpeft.peft_methods.wrap import check_modules, wrap
+from clpeft.peft_methods.wrap import wrap
 from clpeft.registry import PEFT_METHODS
 
 if TYPE_CHECKING:
@@ -71,7 +71,6 @@ def apply_lora(
     """
     from peft import LoraConfig
 
-    check_modules(model, config.modules_to_save or [], "peft.modules_to_save")
     _check_layers(model, config.layers_to_transform or [])
     names = find_targets(model, config.target, new)
     _check_patterns(model, names, config)

@@ -39,17 +39,20 @@ def wrap(
         options: Further fields of `config_class`.
 
     Raises:
-        ConfigError: If no module of the model matches, or PEFT cannot adapt those that do.
+        ConfigError: If no module of the model is called as one that is named, or PEFT cannot adapt
+            those that are.
     """
     from peft import get_peft_model
     from transformers.pytorch_utils import Conv1D
 
+    named = options.pop("modules_to_save", None) or []
+    _check_modules(model, named)
     if target is not None:
         options["target_modules"] = find_targets(model, target, new)
     task = peft_task(model, task_type)
     whole = [path for path in new if task is None or not HEADS & set(path.split("."))]
     asked = {
-        "modules_to_save": [*(options.pop("modules_to_save", None) or []), *whole] or None,
+        "modules_to_save": [*named, *whole] or None,
         "fan_in_fan_out": any(isinstance(module, Conv1D) for module in model.modules()),
     }
     fields = {field.name for field in dataclasses.fields(config_class)}
@@ -64,21 +67,13 @@ def wrap(
         ) from error
 
 
-def check_modules(model: PreTrainedModel, names: Sequence[str], key: str) -> None:
-    """Checks that a model has the modules that a setting names; PEFT passes over others.
-
-    Args:
-        model: The base model.
-        names: Ends of paths.
-        key: The setting.
-
-    Raises:
-        ConfigError: If it lacks one.
-    """
+def _check_modules(model: PreTrainedModel, names: Sequence[str]) -> None:
+    """Checks that a model has the modules that are to train whole; PEFT passes over others."""
+    kind = type(model).__name__
     paths = [path for path, _ in model.named_modules() if path]
     for name in names:
         if not any(path == name or path.endswith(f".{name}") for path in paths):
             raise ConfigError(
-                f"{key} names '{name}', which no module of {type(model).__name__} is called."
+                f"modules_to_save names '{name}', which no module of {kind} is called."
                 f"{nearest(name, {path.rpartition('.')[2] for path in paths})}"
             )

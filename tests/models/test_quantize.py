@@ -29,7 +29,7 @@ from clpeft.models.quantize import (
 )
 from clpeft.peft_methods.base import apply_peft
 from tests.peft_methods.test_lora import settings as lora
-from tests.running import build_it, same_bits
+from tests.running import build_it, compose, same_bits
 
 Bases = Callable[[str], Path]
 Overrides = Callable[..., list[str]]
@@ -227,6 +227,29 @@ def test_modules_that_train_whole_are_not_quantized(bases: Bases, kind: str) -> 
     whole = {n: p for n, p in model.named_parameters() if p.requires_grad and "lora" not in n}
     assert len(whole) == 2
     assert {p.dtype for p in whole.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        ("peft=lora", "peft.modules_to_save=[gate_proj]"),
+        ("peft=adalora", "peft.modules_to_save=[gate_proj]"),
+        ("peft=ia3", "peft.modules_to_save=[gate_proj]"),
+        ("peft=bottleneck", "peft.modules_to_save=[gate_proj]"),
+        ("peft=any", "peft.type=VERA", "peft.options={r:4,modules_to_save:[gate_proj]}"),
+    ],
+    ids=lambda chosen: chosen[0],
+)
+def test_every_method_tells_which_modules_train_whole(
+    bases: Bases, chosen: tuple[str, ...]
+) -> None:
+    method = compose(chosen)[1].peft
+    model, _ = load(bases("wide_llama"), KINDS["nf4"][0], whole=method.trained_whole)
+    model = apply_peft(model, method, "causal_lm", [])
+
+    whole = [p for name, p in model.named_parameters() if "gate_proj.modules_to_save." in name]
+    assert len(whole) == 2
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in whole)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -200,6 +200,11 @@ def test_heads_of_several_layers_have_no_adapter() -> None:
     assert all(".classifier.modules_to_save.default." in name for name in whole)
 
 
+def test_modules_that_are_to_train_whole_exist() -> None:
+    with pytest.raises(ConfigError, match="modules_to_save names 'LayerNrom', which no module"):
+        adapted("bert", modules_to_save=["LayerNrom"])
+
+
 def test_norms_may_train_with_it() -> None:
     """As in Houlsby et al. 2019."""
     names = set(training(adapted("bert", modules_to_save=["LayerNorm"])))
