@@ -144,6 +144,14 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
         ("peft=any", "peft.type=LOHA", "peft.options={rank:3}"),
         "peft.options.rank does not exist: PEFT's LOHA has no such field. Did you mean 'rank_",
     ),
+    "no modules for a PEFT type": (
+        ("peft=any", "peft.type=LOHA", "peft.target=[]"),
+        "peft.target=[] names no modules",
+    ),
+    "no modules for AdaLoRA": (
+        ("peft=adalora", "peft.target=null"),
+        "peft.target=None names no modules",
+    ),
     "option beside those of a file": (
         ("peft=vera", "peft.options.bias=all"),
         "peft.options.bias is none of the options that are set; to add one write +peft.options.bi",

@@ -56,6 +56,11 @@ def check_model(config: ModelConfig) -> None:
             )
         if isinstance(config, OwnModelConfig):
             return
+        if (folder / "status.json").is_file():
+            raise ConfigError(
+                f"model.path={config.path} is the directory of a run; take an adapter of it, "
+                f"{config.path}/adapters/<k>_<task>, or what `clpeft export` writes of it."
+            )
         if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise ConfigError(
                 f"model.path={config.path} holds neither config.json nor adapter_config.json, so "

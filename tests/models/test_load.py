@@ -96,6 +96,13 @@ def test_sources_that_are_none(settings: dict[str, Any], told: str) -> None:
         check_model(config(**settings))
 
 
+def test_a_run_s_directory_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text("{}")
+
+    with pytest.raises(ConfigError, match=f"the directory of a run; take .* {tmp_path}/adapters/<"):
+        check_model(config(tmp_path))
+
+
 def test_folder_with_a_broken_model_is_named(tmp_path: Path, llama: Any) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
 
