@@ -40,8 +40,7 @@ tune: $(RUN) ## every strategy's sweep on the toy stream's validation data: an h
 	$(BIN)/clpeft report outputs/tune --select validation
 
 REAL = $(if $(MINILM),model.path=$(MINILM)) $(if $(CLPEFT_DATA),paths.data_dir=$(CLPEFT_DATA))
-REAL_CLASS = 'stream.tasks=[agnews,dbpedia,yahoo]' stream.scenario=class seed=0,1 $(REAL) \
-	paths.output_dir=outputs/real-class
+REAL_CLASS = seed=0,1 $(REAL) paths.output_dir=outputs/real-class
 
 .PHONY: real real-class
 real: $(RUN) ## eight strategies on real text, half an hour: make real CLPEFT_DATA=<folder> MINILM=<folder>
@@ -50,9 +49,9 @@ real: $(RUN) ## eight strategies on real text, half an hour: make real CLPEFT_DA
 		paths.output_dir=outputs/real
 	$(BIN)/clpeft report outputs/real
 real-class: $(RUN) ## every strategy as tuned on real text, class-incremental, three hours; folders as for real
-	$(BIN)/clpeft -m experiment=standard_cl_minilm strategy=independent,cumulative $(REAL_CLASS)
-	for preset in $(notdir $(basename $(wildcard conf/experiment/standard_cl_minilm/*.yaml))); do \
-		$(BIN)/clpeft -m experiment=standard_cl_minilm/$$preset $(REAL_CLASS) || exit 1; \
+	$(BIN)/clpeft -m experiment=standard_cl_class strategy=independent,cumulative $(REAL_CLASS)
+	for preset in $(notdir $(basename $(wildcard conf/experiment/standard_cl_class/*.yaml))); do \
+		$(BIN)/clpeft -m experiment=standard_cl_class/$$preset $(REAL_CLASS) || exit 1; \
 	done
 	$(BIN)/clpeft report outputs/real-class
 

@@ -531,9 +531,11 @@ def test_every_shipped_option_composes(group: str, name: str) -> None:
         fitting = [f"model={PEFT_SETTINGS[way].models[0]}", *PEFT_SETTINGS[way].overrides]
     chosen = f"[{','.join(names)}]" if len(names) > 1 else name
     if group == "experiment/tune":
-        group, chosen = "experiment", f"tune/{name}"
         names = side_by_side(name)
         fitting = [f"model={models_of(*names)[0]}", f"stream.scenario={scenarios_of(*names)[0]}"]
+    if group.startswith("experiment/"):
+        group, folder = group.split("/")
+        chosen = f"{folder}/{name}"
     _, config = compose([f"{group}={chosen}", *fitting])
 
     if group == "strategy":
