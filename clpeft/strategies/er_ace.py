@@ -65,6 +65,7 @@ class ERACE(EarlyRehearsal, Replay):
     )
 
     def check(self, config: Config) -> None:
+        super().check(config)
         if config.stream.scenario != "class":
             raise ConfigError(
                 f"The strategy '{self.name}' would be plain replay with stream.scenario="

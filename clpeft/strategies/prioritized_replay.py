@@ -100,6 +100,7 @@ class PrioritizedReplay(Replay):
     evidence: ClassVar = {"prioritized_replay/examples": Evidence.MEMORY}
 
     def check(self, config: Config) -> None:
+        super().check(config)
         beta, end = self.config.beta, self.config.beta_end
         if end < beta:
             raise ConfigError(

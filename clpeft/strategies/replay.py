@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from clpeft.config import above, one_of
+from clpeft.config import Config, ConfigError, above, one_of
 from clpeft.registry import STRATEGIES
 from clpeft.strategies.base import Evidence
 from clpeft.strategies.rehearsal import Mixing, MixingConfig
@@ -41,6 +41,15 @@ class Replay(Mixing):
     config: ReplayConfig
     name = "replay"
     evidence: ClassVar = {"replay/examples": Evidence.MEMORY}
+
+    def check(self, config: Config) -> None:
+        weight = self.config.weight
+        if self.config.mixing == "ratio" and weight != 1:
+            raise ConfigError(
+                f"strategies.{self.name}.weight={weight:g} is of the term that mixing=separate makes "
+                f"of what is replayed, and would do nothing with mixing=ratio; set "
+                f"strategies.{self.name}.mixing=separate, or weight=1."
+            )
 
     def setup(self, run: Run) -> None:
         super().setup(run)

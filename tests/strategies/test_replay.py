@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from clpeft.composition import settle
+from clpeft.config import ConfigError
 from clpeft.strategies.agem import AGEM, AGEMConfig
 from clpeft.strategies.replay import Replay, ReplayConfig
 from clpeft.streams.batching import Columns
+from tests.running import compose_only
 from tests.stepping import backward
 
 MEMORY: dict[str, Any] = {"memory_size": 10, "selection": "reservoir", "budget": "total"}
@@ -187,3 +190,17 @@ def test_ratio_is_of_new_examples_whatever_another_strategy_has_added(
 
     # half of the four new ones, not half of the six
     assert len(replay.transform_batch(run, moved)) == 4 + 2 + 2
+
+
+@pytest.mark.parametrize("name", ["replay", "prioritized_replay", "er_ace"])
+def test_weight_of_a_term_that_is_not_there_is_refused(
+    tiny: Callable[..., list[str]], name: str
+) -> None:
+    settings = f"strategies.{name}"
+    told = rf"{settings}\.weight=2 is of the term .* {settings}\.mixing=separate, or weight=1\."
+    with pytest.raises(ConfigError, match=told):
+        settle(compose_only(tiny(name, f"{settings}.mixing=ratio", f"{settings}.weight=2")))
+
+    # each of the two by itself is a way to run it
+    settle(compose_only(tiny(name, f"{settings}.mixing=separate", f"{settings}.weight=2")))
+    settle(compose_only(tiny(name, f"{settings}.mixing=ratio", f"{settings}.weight=1")))
