@@ -6,6 +6,7 @@ for the thresholds.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -256,15 +257,15 @@ def _advice_on_nothing(exhibit: Exhibit, absent: bool, settings: Settings) -> st
         return "See that the hook that logs it is reached after the first task."
     return {
         Evidence.PENALTY: "Look at what it keeps after a task: an importance of 0, or anchors "
-        f"that move along, give 0 whatever the strength ({_settings(name, settings)}).",
-        Evidence.TERM: f"Look at its settings ({_settings(name, settings)}), and at what it keeps "
+        f"that move along, give 0 whatever the strength ({_strengths(name, settings)}).",
+        Evidence.TERM: f"Look at its settings ({_overrides(name, settings)}), and at what it keeps "
         "after a task.",
         Evidence.GRADIENT: "Either these tasks give it nothing to change, or what it compares "
         "gradients with is empty: look at what it keeps after a task.",
         Evidence.MEMORY: "See that examples are kept after a task and that a batch takes some "
-        f"({_settings(name, settings)}).",
+        f"({_overrides(name, settings)}).",
         Evidence.MASK: "See that each task's mask is chosen anew, and that there is capacity "
-        f"left to choose from ({_settings(name, settings)}).",
+        f"left to choose from ({_overrides(name, settings)}).",
     }[exhibit.kind]
 
 
@@ -299,7 +300,7 @@ def _too_strong(
         ratios,
         f"{exhibit.strategy} is too strong: its penalty {exhibit.key} was {rounded(most, 3)} × "
         f"the task's own loss in {_named(tasks)}, so that little else is learned.",
-        f"Lower its strength ({_settings(exhibit.strategy, settings)}): divided by "
+        f"Lower its strength ({_strengths(exhibit.strategy, settings)}): divided by "
         f"{rounded(most, 1)}, the two would be about equal.",
     )
 
@@ -316,7 +317,7 @@ def _too_weak(exhibit: Exhibit, weak: Sequence[tuple[str, float]], settings: Set
         ratios,
         f"{exhibit.strategy} is too weak: its penalty {exhibit.key} was at most "
         f"{rounded(most, 1)} × the task's own loss from the second task on.",
-        f"Raise its strength ({_settings(exhibit.strategy, settings)}): {factor:g} times as much "
+        f"Raise its strength ({_strengths(exhibit.strategy, settings)}): {factor:g} times as much "
         f"would make it about a hundredth of the task's loss.",
     )
 
@@ -326,10 +327,23 @@ def rounded(number: float, digits: int) -> str:
     return f"{float(f'{number:.{digits}g}'):g}"
 
 
-def _settings(name: str, settings: Settings) -> str:
-    """A strategy's settings as overrides: its strengths where it has some, else all."""
-    strengths = {k: v for k, v in settings.items() if k.startswith("lambda") and v}
-    shown = [f"strategies.{name}.{key}={value}" for key, value in (strengths or settings).items()]
+def _strengths(name: str, settings: Settings) -> str:
+    """What a penalty is multiplied by, as overrides: λ, else α; all settings where it has neither.
+
+    Beside a λ an α is something else, such as the weight of a running mean.
+    """
+    for beginning in ("lambda", "alpha"):
+        if found := {k: v for k, v in settings.items() if k.startswith(beginning) and v}:
+            return _overrides(name, found)
+    return _overrides(name, settings)
+
+
+def _overrides(name: str, settings: Settings) -> str:
+    """Settings of a strategy, as a command line would have them."""
+    shown = [
+        f"strategies.{name}.{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in settings.items()
+    ]
     return " ".join(shown) or f"{name} has no settings"
 
 

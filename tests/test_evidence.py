@@ -396,6 +396,33 @@ def test_of_several_strengths_those_that_are_on_are_named() -> None:
 
 
 @pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        # DER's: what its penalty is multiplied by
+        ({"memory_size": 9, "alpha": 0.5}, "(strategies.s.alpha=0.5)"),
+        # RWalk's: beside a λ an α is something else
+        ({"alpha": 0.1, "lambda_": 3.0}, "(strategies.s.lambda_=3.0)"),
+        ({"size": 9, "kind": "sum"}, "(strategies.s.size=9 strategies.s.kind=sum)"),
+    ],
+)
+def test_what_to_lower_is_what_the_penalty_is_multiplied_by(
+    settings: dict[str, Any], told: str
+) -> None:
+    task = every([0.0] + [2000.0] * 9)
+    (finding,) = shown(Evidence.PENALTY, QUIET, task, settings=settings).findings
+    assert f"Lower its strength {told}: divided by" in finding.advice
+
+
+def test_settings_that_may_be_why_are_all_given_as_a_command_line_has_them() -> None:
+    # no λ, however large, makes up for a ratio that asks for no example
+    settings = {"ratio": 0.001, "lambda_": 1.0, "limit": None, "strict": True, "kind": "sum"}
+    (finding,) = shown(Evidence.TERM, QUIET, every([0.0] * 10), settings=settings).findings
+    s = "strategies.s"
+    told = f"{s}.ratio=0.001 {s}.lambda_=1.0 {s}.limit=null {s}.strict=true {s}.kind=sum"
+    assert f"Look at its settings ({told})" in finding.advice
+
+
+@pytest.mark.parametrize(
     ("number", "digits", "told"),
     [(1642.3, 2, "1600"), (1642.3, 1, "2000"), (0.01642, 2, "0.016"), (1.64e-7, 2, "1.6e-07")],
 )
