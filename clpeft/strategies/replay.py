@@ -46,8 +46,8 @@ class Replay(Mixing):
         weight = self.config.weight
         if self.config.mixing == "ratio" and weight != 1:
             raise ConfigError(
-                f"strategies.{self.name}.weight={weight:g} is of the term that mixing=separate makes "
-                f"of what is replayed, and would do nothing with mixing=ratio; set "
+                f"strategies.{self.name}.weight={weight:g} is of the term that mixing=separate "
+                f"makes of what is replayed, and would do nothing with mixing=ratio; set "
                 f"strategies.{self.name}.mixing=separate, or weight=1."
             )
 
