@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import torch
 
 from clpeft.config import Config, ConfigError, above, at_least
 from clpeft.models.load import positions
@@ -49,9 +50,10 @@ class GenerativeReplayConfig(StrategyConfig):
     max_new_tokens: int | None = at_least(1, default=None)
 
 
-def split_evenly(total: int, parts: int) -> list[int]:
-    """A number as the sum of so many that differ by 1 at most, the larger ones first."""
-    return [total // parts + (place < total % parts) for place in range(parts)]
+def split_evenly(total: int, parts: int, generator: torch.Generator) -> list[int]:
+    """A number as the sum of so many that differ by 1 at most; which are larger is drawn by lot."""
+    lots = torch.randperm(parts, generator=generator).tolist()
+    return [total // parts + (lot < total % parts) for lot in lots]
 
 
 @STRATEGIES.register("generative_replay", config=GenerativeReplayConfig)
@@ -60,12 +62,12 @@ class GenerativeReplay(Strategy):
 
     L_LM is the mean negative log-likelihood of whole examples, input and answer, given words that
     ask for one of their task: with it the model learns to write them. Before task t it is asked
-    for `replay_ratio`·|D_t| examples, shared equally by the earlier tasks; each token is drawn from
-    the `top_k` likeliest. What does not parse into exactly one input and one answer is dropped, and
-    so is what another strategy objects to (quality_control). The rest is trained on as real
-    examples of its task are, and L_LM is taken over it too. Nothing of an earlier task is kept but
-    its name, its prompt and its answer words. What the model wrote, with what became of it, is left
-    in `generated/<t>_<task>.jsonl` of the run's directory.
+    for `replay_ratio`·|D_t| examples, shared equally by the earlier tasks (what does not divide by
+    lot); each token is drawn from the `top_k` likeliest. What does not parse into exactly one input
+    and one answer is dropped, and so is what another strategy objects to (quality_control). The
+    rest is trained on as real examples of its task are, and L_LM is taken over it too. Nothing of
+    an earlier task is kept but its name, its prompt and its answer words. What the model wrote,
+    with what became of it, is left in `generated/<t>_<task>.jsonl` of the run's directory.
 
     Constants in LAMOL: λ = 0.25, top-k 20, a ratio of 0.2.
 
@@ -183,7 +185,14 @@ class GenerativeReplay(Strategy):
         """Has the model write what a task is trained on beside its own examples."""
         writer = Writer(run, self._encoder, self.config, self._limit, self.name)
         earlier = run.stream.tasks[: task.index]
-        wanted = split_evenly(round(self.config.replay_ratio * len(task.train)), len(earlier))
+        total = round(self.config.replay_ratio * len(task.train))
+        if total < len(earlier):
+            log.warning(
+                "%s: replay_ratio=%g asks for %d examples before '%s', fewer than the %d earlier "
+                "tasks, so that some of those are not replayed; raise it",
+                *(self.name, self.config.replay_ratio, total, task.name, len(earlier)),
+            )
+        wanted = split_evenly(total, len(earlier), run.generator_for(f"{self.name}/{task.index}"))
         drafts: dict[str, list[Draft]] = {}
         self._task, self._generated = task.index, {}
         for other, number in zip(earlier, wanted, strict=True):
@@ -195,8 +204,8 @@ class GenerativeReplay(Strategy):
             if good:
                 self._generated[other.index] = tabulated(other.task, good)
             self._tell(task, other, number, found)
-        self._facts = summary([draft for found in drafts.values() for draft in found], sum(wanted))
-        if not self._facts["kept"]:
+        self._facts = summary([draft for found in drafts.values() for draft in found], total)
+        if total and not self._facts["kept"]:
             log.warning(
                 "%s: not one usable example of the tasks before '%s' was written, so that it is "
                 "trained without them",

@@ -35,10 +35,19 @@ Finished = Callable[..., Outcome]
 
 @pytest.mark.parametrize(
     ("total", "parts", "expected"),
-    [(6, 1, [6]), (6, 3, [2, 2, 2]), (8, 3, [3, 3, 2]), (1, 3, [1, 0, 0]), (0, 2, [0, 0])],
+    [(6, 1, [6]), (6, 3, [2, 2, 2]), (8, 3, [2, 3, 3]), (1, 3, [0, 0, 1]), (0, 2, [0, 0])],
 )
 def test_split_evenly(total: int, parts: int, expected: list[int]) -> None:
-    assert split_evenly(total, parts) == expected
+    assert sorted(split_evenly(total, parts, torch.Generator().manual_seed(0))) == expected
+
+
+def test_no_task_is_always_among_those_that_get_less() -> None:
+    generator, draws = torch.Generator().manual_seed(0), 900
+    sums = np.sum([split_evenly(5, 3, generator) for _ in range(draws)], axis=0)
+
+    # each gets 2 with a chance of 2/3, else 1; binomial, standard deviation √(900 · 2/9) = 14.1
+    assert sums.sum() == 5 * draws
+    assert (abs(sums - 1500) < 3 * 14.2).all()
 
 
 def test_summary_counts_every_draft_once() -> None:
@@ -181,7 +190,7 @@ def test_what_is_left_behind_is_what_was_trained_on(finished: Finished) -> None:
         assert {line["task"] for line in lines} == {*earlier}
         # a quarter of 32 examples, shared by the earlier tasks
         counts = [sum(line["task"] == name for line in kept) for name in earlier]
-        assert counts == split_evenly(8, len(earlier))
+        assert counts == [8 // len(earlier)] * len(earlier)
         assert (told["wanted"], told["kept"], told["written"]) == (8, 8, len(lines))
         assert told["copies"] == sum(line["is_copy"] for line in kept)
         reasons = [line["why"] for line in lines if line["why"]]
@@ -393,3 +402,29 @@ def test_length_that_the_request_takes_up_is_refused(
 def test_encoders_are_refused(model: str) -> None:
     with pytest.raises(ConfigError, match="'generative_replay' does not work with model\\.task"):
         settle(compose_only(["strategy=generative_replay", f"model={model}"]))
+
+
+def test_fewer_examples_than_earlier_tasks_are_told(
+    tiny: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    run = build_it(
+        tiny("generative_replay", "strategies.generative_replay.replay_ratio=0.03"), tmp_path
+    )
+    (strategy,) = run.strategies
+    asked = []
+
+    def write(self: Any, task: Any, wanted: int, *more: Any) -> list[Draft]:
+        asked.append(wanted)
+        return []
+
+    monkeypatch.setattr(writing.Writer, "write", write)
+    for task in run.stream.tasks[1:]:
+        run.tasks_seen = task.index
+        run.begin(task)
+        strategy.train_examples(run, task, task.train)
+
+    # .03 · 32 examples are 1: enough for the second task, and one too few for the third
+    assert sorted(asked[1:]) == [0, 1]
+    assert asked[0] == 1
+    (told,) = [line for line in caplog.messages if "fewer than" in line]
+    assert "replay_ratio=0.03 asks for 1 examples before 'coleford', fewer than the 2" in told
