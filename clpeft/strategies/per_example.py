@@ -96,7 +96,8 @@ class PerExample:
 
     Attributes:
         single: Names of the parameters that batches do not give; known in full after the first
-            batch of more than one example.
+            batch of more than one example. A weight that is used without its module being called,
+            as nn.MultiheadAttention does with its last layer's, shows in the first batch.
     """
 
     def __init__(self, model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> None:
@@ -122,6 +123,7 @@ class PerExample:
         ]
         self._size = 0
         self._calls: list[Call] = []
+        self._unseen = [name for name in trainable if name not in self.single]
         self._handles: list[Any] = []
 
     def __enter__(self) -> PerExample:
@@ -165,6 +167,8 @@ class PerExample:
             weights: w_b [B].
             into: Name to float32 tensor, added to.
         """
+        if self._unseen:
+            self._find_used_elsewhere(scores)
         if not self._calls:
             return
         for name, uses in self._uses(scores, into).items():
@@ -193,6 +197,17 @@ class PerExample:
         for name, gradient in zip(self.single, found, strict=True):
             if gradient is not None:
                 into[name].add_(function(gradient.float()) * weights[0])
+
+    def _find_used_elsewhere(self, scores: Tensor) -> None:
+        """Moves to `single` what has a gradient though no call of its module was recorded."""
+        called = {id(p) for call in self._calls for p in call.module.parameters(recurse=False)}
+        unseen = [name for name in self._unseen if id(self.trainable[name]) not in called]
+        self._unseen = []
+        if not unseen:
+            return
+        parameters = [self.trainable[name] for name in unseen]
+        found = torch.autograd.grad(scores.sum(), parameters, allow_unused=True, retain_graph=True)
+        self.single += [n for n, g in zip(unseen, found, strict=True) if g is not None]
 
     def _uses(self, scores: Tensor, into: Mapping[str, Tensor]) -> dict[str, list[Use]]:
         """What the recorded modules did with each parameter, and the gradients of their outputs.

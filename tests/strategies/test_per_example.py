@@ -193,6 +193,39 @@ def test_unknown_modules_are_named_and_found_one_by_one() -> None:
         torch.testing.assert_close(squares[name], expected)
 
 
+class Attending(nn.Module):
+    """PyTorch's own attention, which reads the weights of its last layer without calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.last = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.attention(x, x, x, need_weights=False)[0].mean(dim=1)).squeeze(-1)
+
+
+def test_weights_that_are_used_without_their_module_are_found_one_by_one() -> None:
+    torch.manual_seed(0)
+    model, x = Attending(), torch.randn(5, 3, 4)
+    trainable = dict(model.named_parameters())
+    squares = {name: torch.zeros_like(p) for name, p in trainable.items()}
+    with PerExample(model, trainable) as recorded:
+        recorded.add(torch.square, model(x), torch.ones(5), squares)
+        for row in range(5):
+            recorded.expect(1)
+            recorded.add_single(torch.square, model(x[row : row + 1]), torch.ones(1), squares)
+
+    assert not {"last.weight", "last.bias"} & {*recorded.single}
+    for name, parameter in trainable.items():
+        expected = sum(
+            torch.autograd.grad(model(x[row : row + 1]).sum(), parameter)[0] ** 2
+            for row in range(5)
+        )
+        assert expected.any()
+        torch.testing.assert_close(squares[name], expected)
+
+
 class Table(nn.Module):
     """A table that is looked up once for all examples, under a name that says nothing of it."""
 
