@@ -33,7 +33,8 @@ class Serving:
         quantization: How the base was stored.
         trained_whole: Names of its modules that are not quantized, because they train whole.
         model: How the base is loaded, as `ModelConfig` has it.
-        base_digest: Of the base's weights; None for one on the Hub, where the revision says it.
+        base_digest: Of the base's weights and config.json; None for one on the Hub, where the
+            revision says it.
         tokenizer: The tokenizer's fingerprint.
         stream: The tasks, as `described` has them.
         evaluation: How tasks were scored: mode, batch_size, max_new_tokens, task_id_given, and
@@ -276,8 +277,8 @@ class Models:
             told = f"The base model in {known.path} is not the one that {serving.run} stands on"
             if given is None:
                 raise ConfigError(
-                    f"{told}: its weights differ; give the folder of the one that is, or this "
-                    f"folder to use it all the same, as base= (--base)."
+                    f"{told}: its weights or its config.json differ; give the folder of the one "
+                    f"that is, or this folder to use it all the same, as base= (--base)."
                 )
             log.warning("%s; what it answers may differ from what the run has scored", told)
         return known

@@ -343,18 +343,31 @@ def test_base_that_has_moved(copied: Path, finished: Finished, tmp_path: Path) -
     assert torch.equal(logits(loaded.model, run), logits(run.model, run))
 
 
+def other_weights(base: Path) -> None:
+    weights = base / "model.safetensors"
+    found = load_file(weights)
+    found["model.norm.weight"][0] += 1e-3
+    save_file(found, weights, metadata={"format": "pt"})
+
+
+def other_settings(base: Path) -> None:
+    settings = base / "config.json"
+    text = settings.read_text()
+    changed = text.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05')
+    assert changed != text
+    settings.write_text(changed)
+
+
+@pytest.mark.parametrize("change", [other_weights, other_settings])
 def test_another_base_is_refused(
-    copied: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    copied: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, change: Callable[[Path], None]
 ) -> None:
     base = moved(copied, tmp_path / "base")
     facts = json.loads((copied / "serving.json").read_text())
     facts["model"]["path"] = str(base)
     (copied / "serving.json").write_text(json.dumps(facts))
     assert clpeft.load(copied).number == 3
-    weights = base / "model.safetensors"
-    found = load_file(weights)
-    found["model.norm.weight"][0] += 1e-3
-    save_file(found, weights, metadata={"format": "pt"})
+    change(base)
 
     with pytest.raises(
         ConfigError, match=rf"^The base model in {base} is not the one that finetune"

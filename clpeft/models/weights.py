@@ -50,14 +50,22 @@ def base_digest(config: ModelConfig, model: nn.Module, source: str, cache_dir: P
 
 
 def files_digest(source: str, revision: str | None = None, kept: Path | None = None) -> str:
-    """What two bases share only if their weights' files are equal: 64 hexadecimal digits.
+    """What two bases share only if their weights' files and config.json are equal.
+
+    The same weights compute something else under another config.json, with another epsilon of a
+    norm, say.
 
     Args:
         source: A folder or a name on the Hub.
         revision: Of the latter.
         kept: Where digests of files are kept; None reads them in any case.
+
+    Returns:
+        64 hexadecimal digits.
     """
-    files = _weights_files(source, WHOLE, revision)
+    files = [*_weights_files(source, WHOLE, revision)]
+    if settings := _local(source, "config.json", revision):
+        files.append(settings)
     digests = [_file_digest(path, kept) if kept else _read_digest(path) for path in files]
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 

@@ -261,8 +261,8 @@ def test_what_der_holds_is_what_the_model_says(
     with torch.no_grad():
         held = strategy.loss_terms(run, batch, run.objective.forward(run.model, batch))["der"]
         for parameter in run.trainable.values():
-            parameter += 0.1
+            parameter += 1
         moved = strategy.loss_terms(run, batch, run.objective.forward(run.model, batch))["der"]
     assert batch.parts["der"].num_examples > 0
     assert float(held) < 1e-8  # squares of float32 rounding
-    assert float(moved) > 1e-6
+    assert float(moved) > 1e-4
