@@ -9,13 +9,9 @@ memory and what is kept come from runs in processes of their own.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import re
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -23,16 +19,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from benchmarks import fisher, growth
-from benchmarks.composed import config_of, loop_of
+from benchmarks.apart import trained_apart
+from benchmarks.composed import config_of
 from benchmarks.lanes import BATCH, Entry, Lane, side_by_side
-from benchmarks.spread import interval
+from benchmarks.printing import interval, machine, out
 from clpeft.registry import STRATEGIES
-from clpeft.rundir import versions
 
 STEPS = {"tiny_llama": 400, "minilm": 120}
+# of the run whose memory is looked at: what is kept after two tasks and after three
+SMALL = (
+    "stream.num_tasks=3",
+    "stream.train_size=640",
+    "stream.validation_size=16",
+    "stream.test_size=16",
+    f"training.batch_size={BATCH}",
+)
 PARTS = ("steps", "fisher", "growth")
 
 # the strategies as their YAMLs have them, and those settings that a cost hangs on
@@ -93,31 +96,6 @@ def model_overrides(model: str) -> list[str]:
     return [f"model={model}", *where]
 
 
-def kept(overrides: list[str]) -> dict[str, Any]:
-    """A short run's costs: bytes kept after the second task and the third, seconds, peak."""
-    small = [
-        "stream.num_tasks=3",
-        "stream.train_size=640",
-        "stream.validation_size=16",
-        "stream.test_size=16",
-        f"training.batch_size={BATCH}",
-        "training.checkpoint.enabled=false",
-        "tracking.log_every=1000",
-        "evaluation.untrained=false",
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        loop = loop_of(config_of([*overrides, *small]), Path(folder))
-        loop.train()
-        return loop.cost.summary(loop.run)
-
-
-def kept_apart(overrides: list[str]) -> dict[str, Any]:
-    """`kept`, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.costs", "--kept", *overrides]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def table(model: str, wanted: str) -> Iterator[str]:
     """The lines of one model's table, in Markdown, as they are measured."""
     yield "| | step | asked at most | around a task | kept | of the adapter | peak memory |"
@@ -127,13 +105,13 @@ def table(model: str, wanted: str) -> Iterator[str]:
         @cache
         def finetune(settings: tuple[str, ...]) -> tuple[Lane, dict[str, Any]]:
             overrides = [*model_overrides(model), *settings, "strategy=finetune"]
-            return Lane(overrides, Path(folder), STEPS[model]), kept_apart(overrides)
+            return Lane(overrides, Path(folder), STEPS[model]), trained_apart([*overrides, *SMALL])
 
         for entry in entries(model, wanted):
             plain, apart = finetune(entry.settings)
             overrides = [*model_overrides(model), *entry.settings, *entry.overrides]
             steps = side_by_side(plain, Lane(overrides, Path(folder), STEPS[model]))
-            cost = kept_apart(overrides)
+            cost = trained_apart([*overrides, *SMALL])
             limit = "–" if entry.limit is None else f"{entry.limit:.3g} ×"
             # both of one process, and then in steps of finetune
             around = cost["strategy_seconds"] / cost["train_seconds"] * statistics.median(steps)
@@ -152,18 +130,9 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS, help="one of the parts instead of all")
     parser.add_argument("--model", choices=STEPS, help="one of the models instead of all")
     parser.add_argument("--rows", default="", help="a regular expression: rows that it finds")
-    parser.add_argument("--kept", nargs="+", metavar="OVERRIDE", help=argparse.SUPPRESS)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    if given.kept:
-        print(json.dumps(kept(given.kept)))
-        return
-    out = Console(width=140, highlight=False, soft_wrap=True, markup=False).print
-    known = versions()
-    out(
-        f"{os.cpu_count()} cores, {torch.get_num_threads()} thread, {platform.machine()}, "
-        f"torch {known['torch']}, transformers {known['transformers']}, peft {known['peft']}"
-    )
+    out(machine())
     at_hand = ["tiny_llama", *(["minilm"] if os.environ.get("MINILM") else [])]
     models = [model for model in at_hand if given.model in (None, model)]
     parts: list[tuple[str, str, Iterable[str]]] = [

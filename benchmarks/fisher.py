@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.composed import config_of, loop_of
 from benchmarks.lanes import BATCH, repeated
-from benchmarks.spread import spread
+from benchmarks.printing import spread
 from clpeft.strategies.fisher import fisher_diagonal
 from clpeft.training.run import Run
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.composed import config_of, loop_of
 from benchmarks.lanes import BATCH, Entry
-from benchmarks.spread import interval
+from benchmarks.printing import interval
 
 TASKS = 50
 STEPS = 8

@@ -8,30 +8,23 @@ Peak memory and scores come from runs in processes of their own.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import re
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-from rich.console import Console
 
-from benchmarks.composed import config_of, loop_of
+from benchmarks.apart import trained, trained_apart
+from benchmarks.composed import config_of
 from benchmarks.lanes import BATCH, Lane, side_by_side
-from benchmarks.spread import interval, spread
+from benchmarks.printing import interval, machine, out, spread
 from clpeft.composition import explain
 from clpeft.config import RunError
 from clpeft.registry import PEFT_METHODS
-from clpeft.rundir import versions
 
 MODEL = ("model=tiny_llama", "strategy=finetune")
 STEPS = 200
@@ -42,13 +35,7 @@ SEEDS = (0, 1, 2)
 # how the base may be stored beside LoRA: what that costs and saves
 STORED = {f"lora, {kind}": ("peft=lora", f"quantization={kind}") for kind in ("int8", "nf4")}
 # one task, scored once it is trained
-SHORT = (
-    "stream.num_tasks=1",
-    f"training.batch_size={BATCH}",
-    "training.checkpoint.enabled=false",
-    "tracking.log_every=1000",
-    "evaluation.untrained=false",
-)
+ONE = ("stream.num_tasks=1", f"training.batch_size={BATCH}")
 
 
 def rows(wanted: str) -> tuple[dict[str, tuple[str, ...]], list[str]]:
@@ -75,38 +62,12 @@ def rows(wanted: str) -> tuple[dict[str, tuple[str, ...]], list[str]]:
     return found, refused
 
 
-def trained(overrides: list[str]) -> dict[str, Any]:
-    """A short run's score and what it took, from the start of loading its model."""
-    config = config_of([*MODEL, *SHORT, *overrides])
-    before = psutil.Process().memory_info().rss  # Python and its libraries
-    with tempfile.TemporaryDirectory() as folder:
-        loop = loop_of(config, Path(folder))
-        loop.train()
-        cost = loop.cost.summary(loop.run)
-    total = sum(parameter.numel() for parameter in loop.run.model.parameters())
-    number = sum(parameter.numel() for parameter in loop.run.trainable.values())
-    return {
-        "score": loop.matrix[-1][0],
-        "memory": cost["peak_memory_bytes"] - (0 if torch.cuda.is_available() else before),
-        "adapter": cost["adapter_bytes"],
-        "base": cost["base_bytes"],
-        "percent": 100 * number / total,
-    }
-
-
-def trained_apart(overrides: list[str]) -> dict[str, Any]:
-    """`trained`, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.peft", "--trained", *overrides]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def best_rate(overrides: list[str]) -> float:
     """The learning rate with the highest score on validation data; the smallest of equals."""
     own = config_of([*MODEL, *overrides]).model.adapter_lr
 
     def score(rate: float) -> float:
-        given = [*overrides, f"optimizer.lr={rate}", "evaluation.split=validation"]
+        given = [*MODEL, *ONE, *overrides, f"optimizer.lr={rate}", "evaluation.split=validation"]
         try:
             return trained(given)["score"]
         except RunError:  # it diverged
@@ -125,32 +86,31 @@ def table(found: dict[str, tuple[str, ...]]) -> Iterator[str]:
         for label, overrides in found.items():
             steps = side_by_side(lora, lane([*MODEL, *overrides]))
             rate = best_rate([*overrides])
-            given = [*overrides, f"optimizer.lr={rate}"]
+            given = [*MODEL, *ONE, *overrides, f"optimizer.lr={rate}"]
             runs = [trained_apart([*given, f"seed={seed}"]) for seed in SEEDS]
-            memory = statistics.median(run["memory"] for run in runs) / 2**20
+            memory = statistics.median(taken(run) for run in runs) / 2**20
+            first = runs[0]
             yield (
-                f"| {label} | {runs[0]['percent']:.3g} % | {runs[0]['adapter'] / 1024:.0f} KiB | "
-                f"{runs[0]['base'] / 1024:.0f} KiB | {interval(steps)} × | {memory:.0f} MiB | "
-                f"{rate:.2g} | {spread([run['score'] for run in runs])} |"
+                f"| {label} | {first['trained_percent']:.3g} % | "
+                f"{first['adapter_bytes'] / 1024:.0f} KiB | {first['base_bytes'] / 1024:.0f} KiB | "
+                f"{interval(steps)} × | {memory:.0f} MiB | {rate:.2g} | "
+                f"{spread([run['score'] for run in runs])} |"
             )
+
+
+def taken(run: dict[str, Any]) -> int:
+    """The peak of a run's memory in bytes, without that of Python and its libraries."""
+    on_gpu = torch.cuda.is_available()
+    return run["peak_memory_bytes"] - (0 if on_gpu else run["before_bytes"])
 
 
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", default="", help="a regular expression: rows that it finds")
-    parser.add_argument("--trained", nargs="+", metavar="OVERRIDE", help=argparse.SUPPRESS)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    if given.trained:
-        print(json.dumps(trained(given.trained)))
-        return
-    out = Console(width=140, highlight=False, soft_wrap=True, markup=False).print
-    known = versions()
-    out(
-        f"{os.cpu_count()} cores, {torch.get_num_threads()} thread, {platform.machine()}, "
-        f"torch {known['torch']}, transformers {known['transformers']}, peft {known['peft']}\n"
-    )
+    out(f"{machine()}\n")
     found, refused = rows(given.rows)
     for line in table(found):
         out(line)

@@ -7,19 +7,16 @@ TinyLlama and is written to a temporary folder once.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console
 
-from benchmarks.composed import config_of, loop_of
+from benchmarks.apart import trained_apart
+from benchmarks.composed import config_of
+from benchmarks.printing import machine, out
 from clpeft.launching import quiet_libraries
-from clpeft.rundir import versions
 
 # TinyLlama (Zhang et al. 2024)
 SHAPE = {
@@ -43,6 +40,11 @@ WAYS = {
     "LoRA, nf4": NF4,
     "LoRA, nf4, paged_adamw_8bit": (*NF4, "optimizer=paged_adamw_8bit"),
 }
+RUN = (
+    *("model=llama3_1_8b", "strategy=finetune", "optimizer.lr=1e-5"),
+    *("stream.num_tasks=1", f"stream.train_size={STEPS * BATCH}"),
+    *("stream.validation_size=16", "stream.test_size=16", f"training.batch_size={BATCH}"),
+)
 
 
 def write_model(folder: Path) -> None:
@@ -67,44 +69,12 @@ def write_model(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def measured(overrides: list[str]) -> dict[str, Any]:
-    """What a short run takes."""
-    short = [
-        *("model=llama3_1_8b", "strategy=finetune", "optimizer.lr=1e-5"),
-        *("stream.num_tasks=1", f"stream.train_size={STEPS * BATCH}"),
-        *("stream.validation_size=16", "stream.test_size=16"),
-        *(f"training.batch_size={BATCH}", "training.checkpoint.enabled=false"),
-        *("tracking.log_every=1000", "evaluation.untrained=false"),
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        loop = loop_of(config_of([*short, *overrides]), Path(folder))
-        loop.train()
-        return loop.cost.summary(loop.run)
-
-
-def measured_apart(overrides: list[str]) -> dict[str, Any]:
-    """`measured`, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.qlora", "--measured", *overrides]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main() -> None:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--measured", nargs="+", metavar="OVERRIDE", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.measured:
-        print(json.dumps(measured(given.measured)))
-        return
+    argparse.ArgumentParser(description=__doc__).parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks.qlora measures the memory of a GPU, and there is no GPU here.")
-    out = Console(width=140, highlight=False, soft_wrap=True, markup=False).print
-    known = versions()
-    out(
-        f"{torch.cuda.get_device_name()}, torch {known['torch']}, transformers "
-        f"{known['transformers']}, peft {known['peft']}; batches of {BATCH}, {STEPS} steps\n"
-    )
+    out(f"{machine()}; batches of {BATCH}, {STEPS} steps\n")
     out(
         "| | frozen base | trained | peak memory | with gradient checkpointing | steps per second |"
     )
@@ -112,9 +82,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder))
         for label, overrides in WAYS.items():
-            given_all = [f"model.path={folder}", *overrides]
-            plain = measured_apart(given_all)
-            less = measured_apart([*given_all, "training.gradient_checkpointing=true"])
+            given = [*RUN, f"model.path={folder}", *overrides]
+            plain = trained_apart(given)
+            less = trained_apart([*given, "training.gradient_checkpointing=true"])
             base, adapter, peak, lower = (
                 f"{cost[key] / 2**30:.2f} GiB"
                 for cost, key in (

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import os
-import platform
-
-import torch
-from rich.console import Console
 
 from benchmarks import step, trainer
-from benchmarks.spread import spread
-from clpeft.rundir import versions
+from benchmarks.printing import machine, out, spread
 
 
 def main() -> None:
     """Measures and prints."""
-    out = Console(width=120, highlight=False, soft_wrap=True).print
-    known = versions()
-    out(
-        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.machine()}, "
-        f"torch {known['torch']}, transformers {known['transformers']}\n"
-    )
+    out(f"{machine()}\n")
     times = step.measure()
     out("One optimizer step, tiny_llama, batches of 16 of one length; medians of rounds (range)\n")
     out("| | milliseconds | clpeft takes |\n|---|---|---|")

@@ -22,7 +22,7 @@ DIGITS = 16
 
 
 def base_digest(config: ModelConfig, model: nn.Module, source: str, cache_dir: Path) -> str:
-    """What tells base models apart in results: their weights, wherever they lie.
+    """What tells base models apart in results: weights and config.json, wherever they lie.
 
     A base that is generated is known by the fingerprint of its recipe, because another machine's
     warm-up may differ in the last bits; any other by what its files hold.
@@ -43,6 +43,7 @@ def base_digest(config: ModelConfig, model: nn.Module, source: str, cache_dir: P
         known = weights_digest(dict([*model.named_parameters(), *model.named_buffers()]))
     elif whole := [*_weights_files(whole_source(source), WHOLE, config.revision)]:
         files = whole + files
+        known = _settings_digest(whole_source(source), config.revision)
     else:  # in a format of its own
         known = f"{source}@{config.revision}"
     known += "".join(_file_digest(path, cache_dir / "digests") for path in files)
@@ -52,9 +53,6 @@ def base_digest(config: ModelConfig, model: nn.Module, source: str, cache_dir: P
 def files_digest(source: str, revision: str | None = None, kept: Path | None = None) -> str:
     """What two bases share only if their weights' files and config.json are equal.
 
-    The same weights compute something else under another config.json, with another epsilon of a
-    norm, say.
-
     Args:
         source: A folder or a name on the Hub.
         revision: Of the latter.
@@ -63,11 +61,10 @@ def files_digest(source: str, revision: str | None = None, kept: Path | None = N
     Returns:
         64 hexadecimal digits.
     """
-    files = [*_weights_files(source, WHOLE, revision)]
-    if settings := _local(source, "config.json", revision):
-        files.append(settings)
+    files = _weights_files(source, WHOLE, revision)
     digests = [_file_digest(path, kept) if kept else _read_digest(path) for path in files]
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
+    known = _settings_digest(source, revision) + "".join(digests)
+    return hashlib.sha256(known.encode()).hexdigest()
 
 
 def weights_digest(parameters: Mapping[str, Tensor]) -> str:
@@ -86,6 +83,17 @@ def weights_digest(parameters: Mapping[str, Tensor]) -> str:
         content = parameter.detach().cpu().reshape(-1).view(torch.uint8)
         found.update(content.numpy().data)
     return found.hexdigest()
+
+
+def _settings_digest(source: str, revision: str | None) -> str:
+    """Of the config.json: the same weights answer otherwise with another epsilon of a norm, say."""
+    file = _local(source, "config.json", revision)
+    if file is None:
+        return ""
+    settings = json.loads(file.read_text())
+    for told in ("transformers_version", "_name_or_path"):  # of where it comes from alone
+        settings.pop(told, None)
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def _weights_files(source: str, names: tuple[str, ...], revision: str | None) -> Iterator[Path]:

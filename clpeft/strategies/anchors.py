@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -93,7 +94,7 @@ def quadratic_gradient(
     return list(delta)
 
 
-class AnchoredStrategy(Strategy):
+class AnchoredStrategy(Strategy, ABC):
     """A penalty (λ/2) Σ Ω (θ − θ*)²; subclasses say what Ω and θ* are.
 
     Its gradient is added once per optimizer step, outside the autograd graph, so that it does not
@@ -131,9 +132,9 @@ class AnchoredStrategy(Strategy):
         self._remember(run, task, list(run.trainable.values()))
         self._tasks += 1
 
+    @abstractmethod
     def _remember(self, run: Run, task: EncodedTask, parameters: list[Tensor]) -> None:
         """Adds to the anchors, or replaces them, after a task."""
-        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         return {**vars(self._anchors), "tasks": self._tasks}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,6 +53,7 @@ class FollowedPath(AnchoredStrategy):
         self._follow(self._gradients, list(torch._foreach_sub(now, self._before)), now)
         self._gradients, self._before = [], []  # 2 × what trains, for as long as a step takes
 
+    @abstractmethod
     def _follow(self, gradients: list[Tensor], moves: list[Tensor], now: list[Tensor]) -> None:
         """Takes note of a step.
 
@@ -60,4 +62,3 @@ class FollowedPath(AnchoredStrategy):
             moves: Δθ.
             now: θ after it; the parameters themselves where they are in float32.
         """
-        raise NotImplementedError

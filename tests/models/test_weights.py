@@ -77,10 +77,28 @@ def change(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_it_is_that_of_the_file(base: Path, tmp_path: Path) -> None:
+def test_it_is_that_of_settings_and_weights(base: Path, tmp_path: Path) -> None:
+    settings = json.loads((base / "config.json").read_text())
+    del settings["transformers_version"]
     content = hashlib.sha256((base / "model.safetensors").read_bytes()).hexdigest()
+    both = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest() + content
 
-    assert known(base, tmp_path) == hashlib.sha256(content.encode()).hexdigest()[:16]
+    assert known(base, tmp_path) == hashlib.sha256(both.encode()).hexdigest()[:16]
+
+
+def test_another_setting_makes_another_base(base: Path, tmp_path: Path) -> None:
+    settings = json.loads((base / "config.json").read_text())
+    found = {known(base, tmp_path)}
+
+    def digest(**others: object) -> str:
+        (base / "config.json").write_text(json.dumps({**settings, **others}, indent=1))
+        return known(base, tmp_path)
+
+    # what a saving library says of itself
+    assert {digest(transformers_version="4.0.0", _name_or_path="elsewhere")} == found
+    found.add(digest(rms_norm_eps=1e-3))
+    found.add(digest(rms_norm_eps=1e-4))
+    assert len(found) == 3
 
 
 def test_one_base_in_two_folders_is_one(base: Path, tmp_path: Path) -> None:

@@ -3,8 +3,33 @@
 from __future__ import annotations
 
 import math
+import os
+import platform
 import statistics
 from collections.abc import Sequence
+
+import torch
+from rich.console import Console
+
+from clpeft.rundir import versions
+
+
+def out(line: str) -> None:
+    """Prints a line as it is, however long."""
+    Console(highlight=False, soft_wrap=True, markup=False).print(line)
+
+
+def machine() -> str:
+    """What the numbers were measured on, and with."""
+    known = versions()
+    if torch.cuda.is_available():
+        where = torch.cuda.get_device_name()
+    else:
+        threads = torch.get_num_threads()
+        many = "s" if threads > 1 else ""
+        where = f"{os.cpu_count()} cores, {threads} thread{many}, {platform.machine()}"
+    packages = ", ".join(f"{name} {known[name]}" for name in ("torch", "transformers", "peft"))
+    return f"{where}, {packages}"
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
