@@ -22,8 +22,8 @@ from benchmarks.apart import trained, trained_apart
 from benchmarks.composed import config_of
 from benchmarks.lanes import BATCH, Lane, side_by_side
 from benchmarks.printing import interval, machine, out, spread
-from clpeft.composition import explain
 from clpeft.config import RunError
+from clpeft.mistakes import explain
 from clpeft.registry import PEFT_METHODS
 
 MODEL = ("model=tiny_llama", "strategy=finetune")

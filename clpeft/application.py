@@ -73,8 +73,8 @@ class Job:
             return None
 
     def _single(self, composed: DictConfig) -> float | None:
-        from clpeft.composition import explain
         from clpeft.launching import run_composed
+        from clpeft.mistakes import explain
 
         try:
             return run_composed(composed)
@@ -86,8 +86,8 @@ class Job:
             raise SystemExit(_refuse(sentence)) from error
 
     def _of_sweep(self, composed: DictConfig) -> float | None:
-        from clpeft.composition import explain
         from clpeft.launching import run_composed
+        from clpeft.mistakes import explain
         from clpeft.outcomes import last_line
         from clpeft.rundir import Busy
 
@@ -115,7 +115,8 @@ def run_application(overrides: Sequence[str]) -> int:
     """
     from hydra import main
 
-    from clpeft.composition import explain, register_schemas
+    from clpeft.composition import register_schemas
+    from clpeft.mistakes import explain
     from clpeft.stopping import Preempted
     from clpeft.sweep_launcher import watching
 

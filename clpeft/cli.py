@@ -81,7 +81,7 @@ def doctor(
     Takes the overrides of a run, or the directory of one that exists. The exit code is 1 if a
     strategy does nothing.
     """
-    from clpeft.doctor import doctor as examine
+    from clpeft.doctor.command import doctor as examine
     from clpeft.stopping import Preempted
 
     try:
@@ -178,7 +178,7 @@ def list_choices(group: Annotated[str | None, typer.Argument()] = None) -> None:
 
 def _refuse(error: Exception) -> NoReturn:
     """Ends with one sentence about a mistake; raises again what is none."""
-    from clpeft.composition import explain
+    from clpeft.mistakes import explain
 
     sentence = explain(error)
     if sentence is None:

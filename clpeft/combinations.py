@@ -16,7 +16,8 @@ from itertools import product
 from hydra import compose, initialize_config_module
 
 from clpeft.catalogue import catalogue
-from clpeft.composition import as_dataclasses, check_combination, register_schemas
+from clpeft.checks import check_combination
+from clpeft.composition import as_dataclasses, register_schemas
 from clpeft.config import Config, ConfigError
 from clpeft.registry import STRATEGIES
 

@@ -25,7 +25,8 @@ from clpeft.serving import Models
 from clpeft.streams.base import Task
 from clpeft.streams.batching import Collator, sorted_batches
 from clpeft.streams.description import stream_of
-from clpeft.streams.tokenize import Encoder, label_answers, tokenizer_fingerprint
+from clpeft.streams.encoded import tokenizer_fingerprint
+from clpeft.streams.tokenize import Encoder, label_answers
 from clpeft.training.checkpoint import trained_parameters
 
 if TYPE_CHECKING:

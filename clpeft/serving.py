@@ -93,7 +93,7 @@ def record_serving(run: Run, name: str, task_id_given: bool) -> None:
     from peft import PeftModel
 
     from clpeft.streams.description import described
-    from clpeft.streams.tokenize import tokenizer_fingerprint
+    from clpeft.streams.encoded import tokenizer_fingerprint
 
     record = RunDirectory(run.directory)
     if record.serving:

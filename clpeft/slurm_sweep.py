@@ -14,9 +14,9 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
 from clpeft import slurm
-from clpeft.composition import explain
 from clpeft.config import ConfigError, RunError
 from clpeft.launching import check, resume_directory
+from clpeft.mistakes import explain
 from clpeft.rundir import RunDirectory
 from clpeft.slurm import SlurmSettings
 from clpeft.stopping import Preempted

@@ -18,9 +18,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from clpeft import slurm
-from clpeft.composition import check_fields, explain, register_schemas
+from clpeft.checks import check_fields
+from clpeft.composition import register_schemas
 from clpeft.config import ConfigError
 from clpeft.launching import check
+from clpeft.mistakes import explain
 from clpeft.outcomes import shown
 from clpeft.rundir import RunDirectory
 from clpeft.slurm import SlurmSettings

@@ -11,8 +11,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, flag_override
 
-from clpeft.composition import explain, register_schemas
+from clpeft.composition import register_schemas
 from clpeft.config import ConfigError, run_name
+from clpeft.mistakes import explain
 
 BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 

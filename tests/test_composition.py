@@ -14,8 +14,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from clpeft.catalogue import catalogue, parse_header
-from clpeft.composition import explain, settle
+from clpeft.composition import settle
 from clpeft.config import RESULT_KEYS, ConfigError, digest, run_name
+from clpeft.mistakes import explain
 from clpeft.models.load import check_model
 from clpeft.registry import STRATEGIES, Entry
 from clpeft.strategies.base import Strategy, StrategyConfig

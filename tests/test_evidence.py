@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from clpeft.evidence import (
+from clpeft.doctor.evidence import (
     Exhibit,
     Verdict,
     examine,

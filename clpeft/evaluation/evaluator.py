@@ -16,7 +16,7 @@ from clpeft.streams.batching import sorted_batches
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from clpeft.streams.tokenize import EncodedTask
+    from clpeft.streams.encoded import EncodedTask
     from clpeft.training.run import Run
 
 

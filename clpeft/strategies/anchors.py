@@ -13,7 +13,7 @@ from torch import Tensor
 from clpeft.strategies.base import Evidence, Strategy
 
 if TYPE_CHECKING:
-    from clpeft.streams.tokenize import EncodedTask
+    from clpeft.streams.encoded import EncodedTask
     from clpeft.training.run import Run
 
 

@@ -17,7 +17,7 @@ from clpeft.strategies.rehearsal import Mixing, MixingConfig
 from clpeft.streams.batch import Batch, concatenate, set_aside
 
 if TYPE_CHECKING:
-    from clpeft.streams.tokenize import EncodedTask
+    from clpeft.streams.encoded import EncodedTask
     from clpeft.training.run import Run
 
 

@@ -16,7 +16,7 @@ from clpeft.strategies.replay import Replay, ReplayConfig
 
 if TYPE_CHECKING:
     from clpeft.streams.batch import Batch
-    from clpeft.streams.tokenize import EncodedTask
+    from clpeft.streams.encoded import EncodedTask
     from clpeft.training.run import Run
 
 

@@ -15,7 +15,7 @@ from clpeft.strategies.base import StrategyConfig
 from clpeft.strategies.fisher import fisher_diagonal
 
 if TYPE_CHECKING:
-    from clpeft.streams.tokenize import EncodedTask
+    from clpeft.streams.encoded import EncodedTask
     from clpeft.training.run import Run
 
 

@@ -17,7 +17,7 @@ from clpeft.strategies.rehearsal import EarlyRehearsal, RehearsalConfig
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from clpeft.streams.tokenize import EncodedTask
+    from clpeft.streams.encoded import EncodedTask
     from clpeft.training.run import Run
 
 _HOLDING = (

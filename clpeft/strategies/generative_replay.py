@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor
 
-    from clpeft.streams.tokenize import EncodedTask
+    from clpeft.streams.encoded import EncodedTask
     from clpeft.training.run import Run
 
 log = logging.getLogger(__name__)

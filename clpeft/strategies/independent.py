@@ -13,7 +13,7 @@ from clpeft.registry import STRATEGIES
 from clpeft.strategies.base import Strategy, StrategyConfig
 
 if TYPE_CHECKING:
-    from clpeft.streams.tokenize import EncodedTask
+    from clpeft.streams.encoded import EncodedTask
     from clpeft.training.run import Run
 
 

@@ -10,7 +10,7 @@ from clpeft.strategies.base import Strategy, StrategyConfig
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from clpeft.streams.tokenize import EncodedTask
+    from clpeft.streams.encoded import EncodedTask
     from clpeft.training.run import Run
 
 

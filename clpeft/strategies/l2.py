@@ -14,7 +14,7 @@ from clpeft.strategies.anchors import AnchoredStrategy
 from clpeft.strategies.base import StrategyConfig
 
 if TYPE_CHECKING:
-    from clpeft.streams.tokenize import EncodedTask
+    from clpeft.streams.encoded import EncodedTask
     from clpeft.training.run import Run
 
 

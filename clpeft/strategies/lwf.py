@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from clpeft.streams.base import Stream
     from clpeft.streams.batch import Batch
-    from clpeft.streams.tokenize import EncodedTask
+    from clpeft.streams.encoded import EncodedTask
     from clpeft.training.run import Run
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from clpeft.strategies.per_example import mean_over_examples
 
 if TYPE_CHECKING:
     from clpeft.streams.batch import Batch
-    from clpeft.streams.tokenize import EncodedTask
+    from clpeft.streams.encoded import EncodedTask
     from clpeft.training.run import Run
 
 

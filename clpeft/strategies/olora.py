@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
     from clpeft.streams.batch import Batch
-    from clpeft.streams.tokenize import EncodedTask
+    from clpeft.streams.encoded import EncodedTask
     from clpeft.training.run import Run
 
 ADAPTER = "default"

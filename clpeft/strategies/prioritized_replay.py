@@ -17,7 +17,7 @@ from clpeft.strategies.replay import Replay, ReplayConfig
 
 if TYPE_CHECKING:
     from clpeft.streams.batch import Batch
-    from clpeft.streams.tokenize import EncodedTask
+    from clpeft.streams.encoded import EncodedTask
     from clpeft.training.run import Run
 
 PRIORITY = "priority"  # the note beside each of the memory's examples

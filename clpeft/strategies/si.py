@@ -16,7 +16,7 @@ from clpeft.strategies.base import StrategyConfig
 from clpeft.strategies.path_integral import FollowedPath, path_integral
 
 if TYPE_CHECKING:
-    from clpeft.streams.tokenize import EncodedTask
+    from clpeft.streams.encoded import EncodedTask
     from clpeft.training.run import Run
 
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from clpeft.streams.base import Task
-    from clpeft.streams.tokenize import EncodedTask, Encoder
+    from clpeft.streams.encoded import EncodedTask
+    from clpeft.streams.tokenize import Encoder
     from clpeft.training.run import Run
 
 SURPLUS = "surplus"  # good, and more than was wanted

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from clpeft.evaluation.evaluator import Evaluator
     from clpeft.streams.batch import Batch
-    from clpeft.streams.tokenize import EncodedTask
+    from clpeft.streams.encoded import EncodedTask
     from clpeft.tracking.base import Observer
     from clpeft.training.checkpoint import Checkpoints
     from clpeft.training.cost import Cost

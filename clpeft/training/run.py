@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from clpeft.strategies.base import Strategy
-    from clpeft.streams.tokenize import EncodedStream, EncodedTask
+    from clpeft.streams.encoded import EncodedStream, EncodedTask
 
 
 class Run:

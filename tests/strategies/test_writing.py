@@ -14,8 +14,9 @@ from clpeft.strategies import writing
 from clpeft.strategies.base import Strategy
 from clpeft.strategies.writing import Draft, Writer, tabulated
 from clpeft.streams.base import build_stream
+from clpeft.streams.encoded import EncodedTask
 from clpeft.streams.folder import FolderConfig
-from clpeft.streams.tokenize import EncodedTask, Encoder, answer_tokens
+from clpeft.streams.tokenize import Encoder, answer_tokens
 from clpeft.streams.whole import Whole, request
 from clpeft.training.run import Run
 from tests.running import build_it

@@ -16,14 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from clpeft.config import ConfigError
 from clpeft.streams.base import Stream
-from clpeft.streams.tokenize import (
-    EncodedStream,
-    Encoder,
-    _shares,
-    answer_tokens,
-    encode_stream,
-    tokenizer_fingerprint,
-)
+from clpeft.streams.encoded import EncodedStream, encode_stream, tokenizer_fingerprint
+from clpeft.streams.tokenize import Encoder, _shares, answer_tokens
 
 OPTIONS = "Option : large , small"
 

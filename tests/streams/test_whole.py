@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from clpeft.streams import whole
 from clpeft.streams.base import Stream
-from clpeft.streams.tokenize import Encoder, encode_stream
+from clpeft.streams.encoded import encode_stream
+from clpeft.streams.tokenize import Encoder
 from clpeft.streams.whole import Flaw, Whole, encode_whole, parsed, request, written
 
 ROUND_TRIPS = {
