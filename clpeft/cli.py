@@ -107,11 +107,14 @@ def report(
     presets: Annotated[
         Path | None, typer.Option(help="Folder to write the chosen settings to, as presets.")
     ] = None,
+    costs: Annotated[
+        bool, typer.Option("--costs", help="Print what each strategy costs, too.")
+    ] = False,
 ) -> None:
     """Leaderboard, curves, heatmaps, HTML, CSV and LaTeX over run and sweep directories."""
     from clpeft.reports import report_on
 
-    sys.exit(report_on(directories, out, split=select, metric=by, presets=presets))
+    sys.exit(report_on(directories, out, split=select, metric=by, presets=presets, costs=costs))
 
 
 class Dtype(StrEnum):

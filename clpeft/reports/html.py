@@ -24,7 +24,7 @@ from clpeft.reports.aggregate import (
 )
 from clpeft.reports.doubts import MARK, doubts_of
 from clpeft.reports.runs import Collection, Run
-from clpeft.reports.tables import cell_text, how_to_cite, seeds_text
+from clpeft.reports.wording import cell_text, how_to_cite, human_bytes, human_seconds, seeds_text
 
 TEMPLATE = "report.html.jinja"
 NAMES = {
@@ -129,22 +129,6 @@ def environment_table(runs: Sequence[Run]) -> list[tuple[str, str]]:
         )
         for key, values in sorted(facts.items())
     ]
-
-
-def human_bytes(value: float) -> str:
-    """`1.5 MiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    raise AssertionError("the last unit takes everything")
-
-
-def human_seconds(value: float) -> str:
-    """`12.3 s`, `4.5 min`, `6.7 h`."""
-    if value < 100:
-        return f"{value:.1f} s"
-    return f"{value / 60:.1f} min" if value < 6000 else f"{value / 3600:.1f} h"
 
 
 def clock(seconds: float) -> str:

@@ -9,12 +9,12 @@ from rich.console import Console
 
 from clpeft.config import ConfigError
 from clpeft.reports.aggregate import RANKED_BY, Leaderboard, leaderboards
+from clpeft.reports.console import print_leaderboards
 from clpeft.reports.html import render_html
 from clpeft.reports.presets import write_presets
 from clpeft.reports.runs import RESULTS, STATUS, Collection, collect_runs
 from clpeft.reports.selection import SPLIT, print_winners, select
 from clpeft.reports.tables import (
-    print_leaderboards,
     write_latex,
     write_leaderboard_csv,
     write_runs_csv,
@@ -31,6 +31,7 @@ def report_on(
     split: str | None = None,
     metric: str = RANKED_BY,
     presets: Path | None = None,
+    costs: bool = False,
 ) -> int:
     """`clpeft report`: prints the leaderboards and writes the report.
 
@@ -41,6 +42,7 @@ def report_on(
         split: `validation` to choose each strategy's best setting; None for no choice.
         metric: By which it is chosen.
         presets: Where to write the chosen settings as presets; None for nowhere.
+        costs: Whether what the strategies cost is printed too; it is in the page in any case.
 
     Returns:
         The exit code: 1 after a mistake in what was asked for, told in one sentence.
@@ -61,7 +63,7 @@ def report_on(
         Console(stderr=True).print(f"clpeft: {error}", markup=False, soft_wrap=True)
         return 1
     console = Console()
-    print_leaderboards(boards, collection, console)
+    print_leaderboards(boards, collection, console, costs=costs)
     if winners:
         print_winners(winners, metric, console)
     for path in written:

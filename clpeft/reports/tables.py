@@ -1,4 +1,4 @@
-"""Leaderboards as text: CSV for programs, LaTeX for papers, rich tables for the console."""
+"""Leaderboards as files: CSV for programs, LaTeX for papers."""
 
 from __future__ import annotations
 
@@ -7,24 +7,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
 from clpeft.evaluation.metrics import LOWER_IS_BETTER, METRICS
-from clpeft.outcomes import count, shown
 from clpeft.reports.aggregate import (
-    Estimate,
     Leaderboard,
     Row,
     differing_keys,
     settings,
     strategy_name,
 )
-from clpeft.reports.doubts import MARK, doubts_of
-from clpeft.reports.runs import Collection
-from clpeft.rundir import KILLED
+from clpeft.reports.doubts import doubts_of
 
 COSTS = (
     "train_seconds",
@@ -46,9 +37,6 @@ SHORT = {
     "forgetting": "forgetting",
     "forward_transfer": "forward transfer",
 }
-CONSOLE_METRICS = ("average_accuracy", "learning_accuracy", "forgetting")
-CONSOLE_WIDTH = 98  # columns, at most; a table that is read on one screen
-COMPARING_WIDTH = 78  # with less, the difference to finetune is left to the page and the CSV
 LATEX_SPECIALS = {
     "\\": r"\textbackslash{}",
     **{character: f"\\{character}" for character in "&%$#_{}"},
@@ -163,117 +151,6 @@ def write_latex(boards: Sequence[Leaderboard], path: Path) -> None:
 def escape_latex(text: str) -> str:
     """Text with every character that LaTeX would read as a command written out."""
     return "".join(LATEX_SPECIALS.get(character, character) for character in text)
-
-
-def print_leaderboards(
-    boards: Sequence[Leaderboard], collection: Collection, console: Console | None = None
-) -> None:
-    """Prints the leaderboards, what did not finish, and what could not be read.
-
-    Args:
-        boards: The leaderboards.
-        collection: What they were made of.
-        console: Where to; the standard output by default.
-    """
-    console = console or Console()
-    width = min(console.width, CONSOLE_WIDTH)
-    for board in boards:
-        console.print(_console_table(board, width), width=width)
-        console.print(_explanation(board, width), style="dim", width=width, highlight=False)
-        for doubt in doubts_of(board):
-            told = f"[yellow]{MARK}[/] {escape(f'{doubt.label}, {seeds_text(doubt.seeds)}: ')}"
-            console.print(f"{told}{escape(doubt.text)}", width=width, highlight=False)
-        console.print()
-    if collection.unfinished:
-        table = Table(title="Not counted: runs without a result", title_justify="left", box=None)
-        table.title_style = "bold"
-        table.add_column("state")
-        table.add_column("run", overflow="fold")
-        table.add_column("why", overflow="fold")
-        for run in collection.unfinished:
-            style = "red" if run.state in ("failed", KILLED) else "yellow"
-            state = f"[{style}]{run.state}[/]"
-            table.add_row(state, escape(shown(run.directory)), escape(run.message))
-        console.print(table, width=width)
-        states = ["completed"] * len(collection.runs)
-        states += [run.state for run in collection.unfinished]
-        console.print(f"{len(states)} runs: {count(states)}", width=width, highlight=False)
-        console.print()
-    for note in collection.notes:
-        told = f"[yellow]note[/] {escape(str(note.path))} {escape(note.text)}"
-        console.print(told, width=width, highlight=False)
-
-
-def how_to_cite(board: Leaderboard) -> str:
-    """The best strategy's average accuracy as a sentence that can stand in a paper."""
-    row = next((row for row in board.contenders if "average_accuracy" in row.metrics), None)
-    if row is None:
-        return ""
-    score = row.metrics["average_accuracy"]
-    if score.half_width is None:
-        spread = "(one seed, so nothing is known about its spread)"
-    else:
-        spread = f"(mean ± half width of the 95 % interval, Student's t, n = {score.n} seeds)"
-    return f"{row.label}: average accuracy {score.text()} {spread} on {board.title}"
-
-
-def _explanation(board: Leaderboard, width: int) -> str:
-    text = "Mean ± half width of the 95 % interval over n seeds (Student's t)."
-    if board.bounds:
-        text += " Above the line: references, never best."
-    if _compares(board, width):
-        text += " vs finetune: average accuracy, paired by seed."
-    return text
-
-
-def _compares(board: Leaderboard, width: int) -> bool:
-    return width >= COMPARING_WIDTH and any(row.differences for row in board.rows)
-
-
-def _console_table(board: Leaderboard, width: int) -> Table:
-    metrics = [name for name in CONSOLE_METRICS if name in board.metrics]
-    compared = _compares(board, width)
-    table = Table(title=escape(board.title), title_justify="left", title_style="bold")
-    table.box = box.HORIZONTALS
-    table.show_edge = False
-    table.padding = (0, 1, 0, 0)
-    table.pad_edge = False
-    table.add_column("strategy", overflow="fold", min_width=12)
-    for name in metrics:
-        arrow = "↓" if name in LOWER_IS_BETTER else "↑"
-        first, _, second = SHORT[name].rpartition(" ")
-        table.add_column(f"{first}\n{second} {arrow}".strip(), min_width=13)
-    if compared:
-        table.add_column("vs finetune", min_width=14)
-    table.add_column("n", justify="right", no_wrap=True)
-    best = {name: board.best(name) for name in metrics}
-    doubtful = {doubt.label for doubt in doubts_of(board)}
-    for i, row in enumerate(board.rows):
-        cells = [escape(row.label) + (f" [yellow]{MARK}[/]" if row.label in doubtful else "")]
-        for name in metrics:
-            text = cell_text(row.metrics.get(name), len(row.runs))
-            cells.append(f"[bold green]{text}[/]" if row.label in best[name] else text)
-        if compared:
-            pairs = row.metrics.get("average_accuracy")
-            seeds = pairs.n if pairs else 0
-            cells.append(cell_text(row.differences.get("average_accuracy"), seeds, signed=True))
-        cells.append(str(len(row.runs)))
-        last_bound = bool(board.contenders) and i == len(board.bounds) - 1
-        table.add_row(*cells, style="dim" if row.bound else None, end_section=last_bound)
-    return table
-
-
-def seeds_text(seeds: Sequence[int]) -> str:
-    """`seed 0`, or `seeds 0, 1, 2`."""
-    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
-
-
-def cell_text(estimate: Estimate | None, seeds: int, *, signed: bool = False) -> str:
-    """An estimate in a table; says so where it is over fewer seeds than its row."""
-    if estimate is None:
-        return "–"
-    short = f" (n={estimate.n})" if estimate.n != seeds else ""
-    return estimate.text(signed=signed) + short
 
 
 def _latex_row(row: Row, metrics: Iterable[str], best: dict[str, set[str]]) -> str:

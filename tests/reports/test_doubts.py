@@ -12,10 +12,12 @@ import pytest
 from rich.console import Console
 
 from clpeft.reports.aggregate import leaderboards
+from clpeft.reports.console import print_leaderboards
 from clpeft.reports.doubts import Doubt, doubts_of
 from clpeft.reports.html import render_html
 from clpeft.reports.runs import collect_runs
-from clpeft.reports.tables import print_leaderboards, seeds_text, write_runs_csv
+from clpeft.reports.tables import write_runs_csv
+from clpeft.reports.wording import seeds_text
 from tests.reports.conftest import MATRICES
 
 WriteRun = Callable[..., Path]

@@ -13,7 +13,7 @@ import pytest
 from clpeft.config import ConfigError
 from clpeft.reports import report_on, write_report
 from clpeft.reports.aggregate import leaderboards
-from clpeft.reports.html import environment_table, human_bytes, human_seconds, render_html
+from clpeft.reports.html import environment_table, render_html
 from clpeft.reports.runs import collect_runs
 
 WriteRun = Callable[..., Path]
@@ -250,21 +250,6 @@ def test_a_mistake_is_one_sentence_and_a_code(
     assert captured.err == f"clpeft: There is no directory '{tmp_path / 'no'}' to report on.\n"
     with pytest.raises(ConfigError):
         write_report([tmp_path / "no"])
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0, "0 B"), (1536, "1.5 KiB"), (3 * 2**20, "3.0 MiB"), (2**41, "2048.0 GiB")],
-)
-def test_human_bytes(value: float, text: str) -> None:
-    assert human_bytes(value) == text
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(1.25, "1.2 s"), (99.9, "99.9 s"), (270, "4.5 min"), (24120, "6.7 h")]
-)
-def test_human_seconds(value: float, text: str) -> None:
-    assert human_seconds(value) == text
 
 
 def test_run_directories_are_left_as_they_are(

@@ -1,22 +1,18 @@
-"""CSV cells, LaTeX text and console tables, letter by letter."""
+"""CSV cells and LaTeX text, letter by letter."""
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Callable
-from io import StringIO
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from clpeft.reports.aggregate import leaderboards
 from clpeft.reports.runs import collect_runs
 from clpeft.reports.tables import (
     escape_latex,
-    how_to_cite,
     latex_table,
-    print_leaderboards,
     write_latex,
     write_leaderboard_csv,
     write_runs_csv,
@@ -126,59 +122,3 @@ def test_escape_latex() -> None:
     assert escape_latex(r"a_b {50%} \x ~^ #&$ <") == (
         r"a\_b \{50\%\} \textbackslash{}x \textasciitilde{}\textasciicircum{} \#\&\$ \textless{}"
     )
-
-
-def on_console(directory: Path, width: int) -> str:
-    stream = StringIO()
-    console = Console(file=stream, width=width, color_system=None)
-    collection = collect_runs([directory])
-    print_leaderboards(leaderboards(collection.runs), collection, console)
-    return stream.getvalue()
-
-
-def test_console(sweep: Path) -> None:
-    (sweep / "aside").mkdir()
-    (sweep / "aside" / "results.json").write_text("{")
-    text = on_console(sweep, 90)
-    lines = [line.rstrip() for line in text.splitlines()]
-    assert lines[0] == "toy, domain-incremental, tiny_llama"
-    told = [line.split() for line in lines]
-    replay = next(words for words in told if words[:1] == ["replay"])
-    assert " ".join(replay) == (
-        "replay 0.750 ± 0.124 0.900 ± 0.000 0.225 ± 0.186 +0.225 ± 0.318 (n=2) 3"
-    )
-    names = [
-        words[0] for words in told if words and words[0] in "replay ewc finetune joint".split()
-    ]
-    assert names == ["joint", "replay", "ewc", "finetune"]
-    assert any("RuntimeError: singular <matrix>" in line for line in lines)
-    assert "aside/results.json is not valid JSON" in " ".join(text.split())
-
-
-@pytest.mark.parametrize("width", [60, 70, 80, 99, 200])
-def test_console_keeps_within_its_width_and_loses_no_number(sweep: Path, width: int) -> None:
-    text = on_console(sweep, width)
-    assert max(map(len, text.splitlines())) <= min(width, 98)
-    replay = next(line for line in text.splitlines() if line.startswith("replay "))
-    assert "0.750 ± 0.124" in replay
-    assert "0.225 ± 0.186" in replay
-    assert replay.rstrip().endswith(" 3")
-
-
-def test_markup_in_names_is_printed_not_obeyed(tmp_path: Path, write_run: WriteRun) -> None:
-    write_run(["a[red]b[/]"], 0, [[0.2], [0.8]], stream="s[bold]", name="n")
-    assert "a[red]b[/]" in on_console(tmp_path, 90)
-    assert "s[bold]" in on_console(tmp_path, 90)
-
-
-def test_how_to_cite(sweep: Path, tmp_path: Path, write_run: WriteRun) -> None:
-    (board,) = leaderboards(collect_runs([sweep]).runs)
-    assert how_to_cite(board) == (
-        "replay: average accuracy 0.750 ± 0.124 (mean ± half width of the 95 % interval, "
-        "Student's t, n = 3 seeds) on toy, domain-incremental, tiny_llama"
-    )
-    write_run(["ewc"], 0, [[0.2], [0.8]], stream="x", where="x")
-    write_run(["joint"], 0, [[0.2], [0.9]], stream="y", where="x")
-    one, none = leaderboards(collect_runs([tmp_path / "x"]).runs)
-    assert "0.800 (one seed, so nothing is known" in how_to_cite(one)
-    assert how_to_cite(none) == ""
