@@ -19,10 +19,10 @@ from omegaconf import OmegaConf
 
 from clpeft import cli, doctor
 from clpeft.config import run_name
-from clpeft.doctor.doubts import counterparts, same_result, with_strategies
-from clpeft.doctor.evidence import Amount, Exhibit, TaskLog, Verdict, rounded
 from clpeft.doctor.examination import Comparison, Examination, distance, step_seconds
 from clpeft.doctor.printing import COLUMNS, show
+from clpeft.doubts import counterparts, same_result, with_strategies
+from clpeft.evidence import Amount, Exhibit, TaskLog, Verdict, rounded
 from clpeft.registry import STRATEGIES
 from clpeft.strategies.base import Evidence, Strategy, StrategyConfig
 from clpeft.strategies.l2 import L2, L2Config

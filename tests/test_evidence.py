@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from clpeft.doctor.evidence import (
+from clpeft.evidence import (
     Exhibit,
     Verdict,
     examine,

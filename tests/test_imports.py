@@ -12,6 +12,7 @@ import clpeft
 ROOT = Path(clpeft.__file__).parent
 # each may import what stands in its own row and below
 LAYERS = (
+    {"doctor", "reports"},
     {"training"},
     {"strategies", "evaluation", "tracking"},
     {"models", "peft_methods", "tuners", "streams"},

@@ -14,9 +14,9 @@ from rich.console import Console
 
 from clpeft.composition import settle
 from clpeft.config import ConfigError, run_name
-from clpeft.doctor.doubts import counterparts
 from clpeft.doctor.examination import Examination, examination
 from clpeft.doctor.printing import show
+from clpeft.doubts import counterparts
 from clpeft.launching import check, launch, quiet_libraries
 from clpeft.processes import world_size
 from clpeft.registry import STRATEGIES

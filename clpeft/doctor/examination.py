@@ -11,8 +11,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from clpeft.config import run_name
-from clpeft.doctor.doubts import counterparts, doubts, exhibits, same_result
-from clpeft.doctor.evidence import Exhibit, Finding, TaskLog, Verdict, task_logs
+from clpeft.doubts import counterparts, doubts, exhibits, same_result
+from clpeft.evidence import Exhibit, Finding, TaskLog, Verdict, task_logs
 from clpeft.rundir import RunDirectory
 from clpeft.tracking.history import read_events
 

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from clpeft.doctor.evidence import Amount, Verdict, rounded
 from clpeft.doctor.examination import Comparison, Examination
+from clpeft.evidence import Amount, Verdict, rounded
 from clpeft.strategies.base import Evidence
 
 COLUMNS = 4  # tasks that a table has room for

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from clpeft.doctor.evidence import same_bits
+from clpeft.evidence import same_bits
 from clpeft.reports.aggregate import BASELINE, Leaderboard, strategy_name
 from clpeft.reports.runs import Run
 

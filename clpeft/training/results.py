@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig
 
 from clpeft.config import RESULT_KEYS, SETTING_KEYS, digest, run_name
-from clpeft.doctor.doubts import doubts
+from clpeft.doubts import doubts
 from clpeft.evaluation.metrics import compute_metrics
 from clpeft.models.load import count_parameters
 from clpeft.models.weights import weights_digest

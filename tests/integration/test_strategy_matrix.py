@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from clpeft import experiment
 from clpeft.composition import settle
 from clpeft.config import ConfigError
-from clpeft.doctor.evidence import Verdict
+from clpeft.evidence import Verdict
 from clpeft.models.objective import CausalObjective
 from clpeft.registry import STRATEGIES
 from clpeft.strategies.memory import Memory

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 
 from clpeft.composition import settle
 from clpeft.config import ConfigError, run_name
-from clpeft.doctor.evidence import Exhibit, Finding, examine, same_bits
+from clpeft.evidence import Exhibit, Finding, examine, same_bits
 from clpeft.registry import STRATEGIES
 from clpeft.rundir import RunDirectory
 from clpeft.tracking.history import read_events
