@@ -17,8 +17,9 @@ import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from clpeft import cli, doctor
+from clpeft import cli
 from clpeft.config import run_name
+from clpeft.doctor import command
 from clpeft.doctor.examination import Comparison, Examination, distance, step_seconds
 from clpeft.doctor.printing import COLUMNS, show
 from clpeft.doubts import counterparts, same_result, with_strategies
@@ -423,7 +424,7 @@ def test_run_directory_is_examined_from_its_files(
     def refuse(*_: Any) -> None:
         raise AssertionError("it trains")
 
-    monkeypatch.setattr(doctor, "launch", refuse)
+    monkeypatch.setattr(command, "launch", refuse)
     answer = clpeft("doctor", str(folder))
 
     assert answer.code == 0, answer.out
@@ -569,7 +570,7 @@ def test_short_runs_keep_the_model_and_cut_the_rest(
         launched.append((composed, directory))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(doctor, "launch", note)
+    monkeypatch.setattr(command, "launch", note)
 
     def base(config: Any, stream: Any, cache: Path) -> Path:
         built.append([len(stream.tasks), len(stream.tasks[0].train), len(stream.tasks[0].test)])
@@ -600,7 +601,7 @@ def test_a_preset_of_the_users_own_takes_the_place_of_ours(
         launched.append(composed)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(doctor, "launch", note)
+    monkeypatch.setattr(command, "launch", note)
     clpeft("doctor", *tiny("replay"), "debug=fast", "training.max_steps=5")
     assert launched[0].training.max_steps == 5
     assert launched[0].stream.max_train == 48
