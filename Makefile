@@ -34,9 +34,12 @@ demo: $(RUN) ## install, compare seven strategies on the generated stream, write
 		paths.output_dir=$(OUT)
 	$(BIN)/clpeft report $(OUT)
 
+# one learning rate instead of half, once and twice the model's
+RATE ?=
 .PHONY: tune
-tune: $(RUN) ## every strategy's sweep on the toy stream's validation data: an hour or two
-	sed -n 's|^# Use: clpeft|$(BIN)/clpeft|p' conf/experiment/tune/*.yaml | sh -e
+tune: $(RUN) ## every strategy's sweep on the toy stream's validation data: two hours; a third of it with RATE=1.75e-3
+	sed -n 's|^# Use: clpeft.*|$(BIN)/&$(if $(RATE), optimizer.lr=$(RATE))|; s|/# Use: |/|p' \
+		conf/experiment/tune/*.yaml | sh -e
 	$(BIN)/clpeft report outputs/tune --select validation
 
 REAL = $(if $(MINILM),model.path=$(MINILM)) $(if $(CLPEFT_DATA),paths.data_dir=$(CLPEFT_DATA))
@@ -53,7 +56,7 @@ real-class: $(RUN) ## every strategy as tuned on real text, class-incremental, t
 	for preset in $(notdir $(basename $(wildcard conf/experiment/standard_cl_class/*.yaml))); do \
 		$(BIN)/clpeft -m experiment=standard_cl_class/$$preset $(REAL_CLASS) || exit 1; \
 	done
-	$(BIN)/clpeft report outputs/real-class
+	$(BIN)/clpeft report outputs/real-class --costs
 
 .PHONY: test test-matrix test-all
 test: $(DEV) ## the tests: of the long matrices a sample in which every strategy comes up
