@@ -16,6 +16,7 @@ import psutil
 import torch
 
 from benchmarks.composed import config_of, loop_of
+from clpeft.models.load import count_parameters
 
 # nothing is written and nothing is scored that a measurement does not ask for
 SHORT = (
@@ -42,7 +43,7 @@ def trained(overrides: list[str]) -> dict[str, Any]:
         loop = loop_of(config, Path(folder))
         loop.train()
         cost = loop.cost.summary(loop.run)
-    total = sum(parameter.numel() for parameter in loop.run.model.parameters())
+    total, _ = count_parameters(loop.run.model)
     number = sum(parameter.numel() for parameter in loop.run.trainable.values())
     return {
         **cost,

@@ -22,9 +22,9 @@ from benchmarks.apart import trained, trained_apart
 from benchmarks.composed import config_of
 from benchmarks.lanes import BATCH, Lane, side_by_side
 from benchmarks.printing import interval, machine, out, spread
+from clpeft.catalogue import catalogue
 from clpeft.config import RunError
 from clpeft.mistakes import explain
-from clpeft.registry import PEFT_METHODS
 
 MODEL = ("model=tiny_llama", "strategy=finetune")
 STEPS = 200
@@ -46,7 +46,7 @@ def rows(wanted: str) -> tuple[dict[str, tuple[str, ...]], list[str]]:
         told more, or does not work with the model.
     """
     known = {"lora, against itself": ("peft=lora",)}
-    known |= {entry.name: (f"peft={entry.name}",) for entry in PEFT_METHODS if entry.name != "lora"}
+    known |= {o.name: (f"peft={o.name}",) for o in catalogue()["peft"] if o.name != "lora"}
     found, refused = {}, []
     for label, overrides in (known | STORED).items():
         if not re.search(wanted, label):
