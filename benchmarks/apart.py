@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import peft  # noqa: F401  # before memory is first looked at: a run imports it late
 import psutil
 import torch
 
