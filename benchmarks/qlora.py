@@ -52,7 +52,7 @@ def write_model(folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from clpeft.models.generated import train_tokenizer
-    from clpeft.streams.base import build_stream
+    from clpeft.streams.build import build_stream
 
     quiet_libraries()
     stream = build_stream(config_of(["stream=toy"]).stream, data_dir=None)

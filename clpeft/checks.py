@@ -8,6 +8,7 @@ from typing import Any
 
 from clpeft.config import Config, ConfigError, nearest
 from clpeft.models.own import check_own
+from clpeft.peft_methods.base import PeftMethodConfig
 from clpeft.processes import sharding, world_size
 from clpeft.registry import STRATEGIES
 from clpeft.strategies.base import Strategy, defines
@@ -117,12 +118,7 @@ def check_combination(config: Config) -> None:
 
 def _check_peft(config: Config) -> None:
     peft = config.peft
-    if config.model.task_type not in peft.task_types:
-        reason = "" if peft.task_types_reason is None else f", because {peft.task_types_reason}"
-        raise ConfigError(
-            f"peft={peft.kind} does not work with model.task_type={config.model.task_type}"
-            f"{reason}; it works with {', '.join(sorted(peft.task_types))}."
-        )
+    _check_task_type(config, f"peft={peft.kind}", peft)
     if not peft.supports_quantized and config.quantization.method != "none":
         raise ConfigError(
             f"peft={peft.kind} {peft.quantized_reason}, which quantization="
@@ -150,12 +146,7 @@ def _check_peft(config: Config) -> None:
 
 
 def _check_capabilities(config: Config, name: str, cls: type[Strategy]) -> None:
-    if config.model.task_type not in cls.task_types:
-        reason = "" if cls.task_types_reason is None else f", because {cls.task_types_reason}"
-        raise ConfigError(
-            f"The strategy '{name}' does not work with model.task_type={config.model.task_type}"
-            f"{reason}; it works with {', '.join(sorted(cls.task_types))}."
-        )
+    _check_task_type(config, f"The strategy '{name}'", cls)
     if cls.peft_types is not None and config.peft.kind not in cls.peft_types:
         raise ConfigError(
             f"The strategy '{name}' does not work with peft={config.peft.kind}; "
@@ -172,6 +163,15 @@ def _check_capabilities(config: Config, name: str, cls: type[Strategy]) -> None:
             f"{config.training.gradient_accumulation}; set it to 1 and raise training.batch_size."
         )
     _check_processes(f"The strategy '{name}'", cls)
+
+
+def _check_task_type(config: Config, subject: str, part: type[Strategy] | PeftMethodConfig) -> None:
+    if config.model.task_type not in part.task_types:
+        reason = "" if part.task_types_reason is None else f", because {part.task_types_reason}"
+        raise ConfigError(
+            f"{subject} does not work with model.task_type={config.model.task_type}"
+            f"{reason}; it works with {', '.join(sorted(part.task_types))}."
+        )
 
 
 def _check_processes(subject: str, cls: type[Strategy]) -> None:

@@ -145,7 +145,7 @@ def check(composed: DictConfig, directory: Path) -> Config:
     """
     from clpeft.models.load import check_model
     from clpeft.peft_methods.carried import check_method
-    from clpeft.streams.base import check_stream
+    from clpeft.streams.build import check_stream
 
     config = settle(composed)
     check_model(config.model)

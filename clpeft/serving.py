@@ -294,7 +294,7 @@ class Models:
             raise moved
         from clpeft.composition import settle
         from clpeft.models.generated import generated_base
-        from clpeft.streams.base import build_stream
+        from clpeft.streams.build import build_stream
 
         config: Config = settle(frozen)
         try:

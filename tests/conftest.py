@@ -43,7 +43,7 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bases(cache_dir: Path) -> Callable[[str], Path]:
     """The folder of a tiny generated base model, by name."""
     from clpeft.models.generated import generated_base
-    from clpeft.streams.base import build_stream
+    from clpeft.streams.build import build_stream
     from tests.running import compose
     from tests.settings import TINY, TINY_MODELS
 

@@ -20,7 +20,7 @@ from clpeft.mistakes import explain
 from clpeft.models.load import check_model
 from clpeft.registry import STRATEGIES, Entry
 from clpeft.strategies.base import Strategy, StrategyConfig
-from clpeft.streams.base import check_stream
+from clpeft.streams.build import check_stream
 from tests.running import compose, compose_only
 from tests.settings import PEFT_SETTINGS, base_of, models_of, scenarios_of, side_by_side
 

@@ -150,7 +150,7 @@ def cut(short: DictConfig) -> None:
     Raises:
         ConfigError: If it has one only.
     """
-    from clpeft.streams.base import task_names
+    from clpeft.streams.build import task_names
 
     config = settle(short)
     names = task_names(config.stream, config.paths.data_dir)
@@ -168,7 +168,7 @@ def share_base(given: DictConfig, short: DictConfig) -> None:
     A generated base depends on the stream's texts; a cut stream would have another one built.
     """
     from clpeft.models.load import model_source
-    from clpeft.streams.base import build_stream
+    from clpeft.streams.build import build_stream
 
     config = settle(given)
     if config.model.path is not None or config.model.architecture is None:

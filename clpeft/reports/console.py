@@ -11,9 +11,7 @@ from rich.table import Table
 
 from clpeft.evaluation.metrics import LOWER_IS_BETTER
 from clpeft.outcomes import count, shown
-from clpeft.reports.aggregate import (
-    Leaderboard,
-)
+from clpeft.reports.aggregate import Leaderboard
 from clpeft.reports.doubts import MARK, doubts_of
 from clpeft.reports.runs import Collection
 from clpeft.reports.tables import SHORT

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from clpeft.evidence import same_bits
-from clpeft.reports.aggregate import BASELINE, Leaderboard, strategy_name
+from clpeft.reports.aggregate import BASELINE, Leaderboard
+from clpeft.reports.naming import strategy_name
 from clpeft.reports.runs import Run
 
 MARK = "‡"  # beside the name of a row that there is a doubt about

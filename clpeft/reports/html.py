@@ -13,16 +13,11 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from clpeft import __version__
+from clpeft.config import flatten
 from clpeft.evaluation.metrics import LOWER_IS_BETTER
-from clpeft.reports.aggregate import (
-    DPI,
-    RANKED_BY,
-    Leaderboard,
-    differing_keys,
-    flatten,
-    settings,
-)
+from clpeft.reports.aggregate import DPI, RANKED_BY, Leaderboard
 from clpeft.reports.doubts import MARK, doubts_of
+from clpeft.reports.naming import differing_keys, settings
 from clpeft.reports.runs import Collection, Run
 from clpeft.reports.wording import cell_text, how_to_cite, human_bytes, human_seconds, seeds_text
 

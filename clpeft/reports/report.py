@@ -14,11 +14,7 @@ from clpeft.reports.html import render_html
 from clpeft.reports.presets import write_presets
 from clpeft.reports.runs import RESULTS, STATUS, Collection, collect_runs
 from clpeft.reports.selection import SPLIT, print_winners, select
-from clpeft.reports.tables import (
-    write_latex,
-    write_leaderboard_csv,
-    write_runs_csv,
-)
+from clpeft.reports.tables import write_latex, write_leaderboard_csv, write_runs_csv
 
 PAGE = "report.html"
 DIRECTORY = "report"  # below the first directory reported on, unless another is given

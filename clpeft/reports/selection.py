@@ -13,19 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from clpeft.catalogue import catalogue
-from clpeft.config import ConfigError, nearest
+from clpeft.config import ConfigError, flatten, nearest
 from clpeft.evaluation.metrics import LOWER_IS_BETTER, METRICS
-from clpeft.reports.aggregate import (
-    DIGITS,
-    RANKED_BY,
-    Estimate,
-    Leaderboard,
-    Row,
-    differing_keys,
-    flatten,
-    settings,
-    strategy_name,
-)
+from clpeft.reports.aggregate import DIGITS, RANKED_BY, Estimate, Leaderboard, Row
+from clpeft.reports.naming import differing_keys, settings, strategy_name
 from clpeft.reports.runs import Run
 from clpeft.sweeps import expand
 

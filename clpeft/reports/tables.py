@@ -8,14 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from clpeft.evaluation.metrics import LOWER_IS_BETTER, METRICS
-from clpeft.reports.aggregate import (
-    Leaderboard,
-    Row,
-    differing_keys,
-    settings,
-    strategy_name,
-)
+from clpeft.reports.aggregate import Leaderboard, Row
 from clpeft.reports.doubts import doubts_of
+from clpeft.reports.naming import differing_keys, settings, strategy_name
 
 COSTS = (
     "train_seconds",

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from clpeft.reports.aggregate import (
-    Estimate,
-    Leaderboard,
-)
+from clpeft.reports.aggregate import Estimate, Leaderboard
 
 
 def seeds_text(seeds: Sequence[int]) -> str:

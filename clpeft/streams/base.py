@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import json
-import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING
 
-from clpeft.config import ConfigError, at_least, between, nearest, one_of
-from clpeft.registry import STREAMS
-from clpeft.streams.contents import (
-    Contents,
-    check_disjoint,
-    content_digest,
-    content_digests,
-    digest_of,
-    normalise,
-)
+from clpeft.config import ConfigError, at_least, between, one_of
+from clpeft.streams.contents import Contents, content_digest, digest_of, normalise
 from clpeft.streams.prompts import PromptForm, prompt_form
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow
-
-logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 SCENARIOS = ("task", "class", "domain")
@@ -148,59 +136,6 @@ class StreamBuilder(ABC):
         return None
 
 
-def build_stream(config: StreamConfig, *, data_dir: str | None) -> Stream:
-    """The stream that a config describes, loaded and checked.
-
-    Args:
-        config: The stream's settings, as a dataclass or as composed by Hydra.
-        data_dir: The folder of public data (`paths.data_dir`), where the stream needs one.
-
-    Returns:
-        The stream, its splits disjoint and cut to the sizes asked for.
-
-    Raises:
-        ConfigError: If the data does not fit what the stream needs.
-    """
-    builder = _builder(config, data_dir)
-    names = _checked_names(builder)
-    tasks = []
-    contents = Contents()
-    for index, name in enumerate(names):
-        loaded = builder.load(name)
-        tasks.append(_finish(loaded, index, builder.config, contents))
-    return Stream(builder.config, tuple(tasks), contents, builder.neutral_text)
-
-
-def check_stream(config: StreamConfig, data_dir: str | None) -> None:
-    """Finds mistakes that show without loading data: folders, task names, orders, labels.
-
-    Args:
-        config: The stream's settings, as a dataclass or as composed by Hydra.
-        data_dir: The folder of public data, where the stream needs one.
-
-    Raises:
-        ConfigError: For the first mistake found.
-    """
-    builder = _builder(config, data_dir)
-    names = _checked_names(builder)
-    known = [(name, labels) for name in names if (labels := builder.labels_of(name)) is not None]
-    if builder.config.scenario == "domain":
-        _check_one_label_space(builder.config.name, known)
-
-
-def task_names(config: StreamConfig, data_dir: str | None) -> list[str]:
-    """The tasks of a stream in their order; loads no data.
-
-    Args:
-        config: The stream's settings, as a dataclass or as composed by Hydra.
-        data_dir: The folder of public data, where the stream needs one.
-
-    Raises:
-        ConfigError: If there are none, or one does not exist.
-    """
-    return _checked_names(_builder(config, data_dir))
-
-
 class Stream:
     """Tasks in the order in which they are learned, and which of their labels compete when.
 
@@ -232,7 +167,7 @@ class Stream:
         self._contents = contents
         self._neutral_text = neutral_text
         if self.scenario == "domain":
-            _check_one_label_space(
+            check_one_label_space(
                 self.name, [(task.name, (task.labels, task.answer_words)) for task in tasks]
             )
             self.label_names = tasks[0].labels
@@ -355,70 +290,18 @@ class Stream:
                     yield f"{form.fill(text)} {output}"
 
 
-def sample_rows(labels: np.ndarray | None, size: int, rows: int, seed: Iterable[int]) -> np.ndarray:
-    """A seeded choice of rows, as balanced over labels as the rows allow.
-
-    Rows are shuffled within their label and dealt out one label after another, so that a smaller
-    sample is the beginning of a larger one.
-
-    Args:
-        labels: [rows] label of each row, or None where there are none.
-        size: How many rows to choose, at most `rows`.
-        rows: How many there are.
-        seed: What the choice depends on.
-
-    Returns:
-        [size] row numbers.
-    """
-    draw = np.random.default_rng(list(seed)).random(rows)
-    if labels is None:
-        return np.argsort(draw, kind="stable")[:size]
-    return np.lexsort((draw, rank_within(labels, draw)))[:size]
-
-
-def rank_within(labels: np.ndarray, draw: np.ndarray) -> np.ndarray:
-    """The rank of each row's draw among the rows of its label: [rows], from 0."""
-    by_label = np.lexsort((draw, labels))
-    counts = np.unique(labels, return_counts=True)[1]
-    ranks = np.empty(len(labels), dtype=np.int64)
-    ranks[by_label] = np.concatenate([np.arange(count) for count in counts])
-    return ranks
-
-
-def _builder(config: StreamConfig, data_dir: str | None) -> StreamBuilder:
-    settings = OmegaConf.to_object(config) if isinstance(config, DictConfig) else config
-    assert isinstance(settings, StreamConfig), "a stream's config is composed from its schema"
-    if settings.kind not in STREAMS:
-        kinds = [entry.name for entry in STREAMS]
-        raise ConfigError(
-            f"stream.kind is '{settings.kind}', which no stream registers."
-            + nearest(settings.kind, kinds)
-        )
-    if settings.scenario not in SCENARIOS:
-        raise ConfigError(
-            f"stream.scenario is '{settings.scenario}'; it must be one of {', '.join(SCENARIOS)}."
-        )
-    return STREAMS[settings.kind].target(settings, data_dir)
-
-
-def _checked_names(builder: StreamBuilder) -> list[str]:
-    names = builder.task_names()
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ConfigError(
-            f"The stream '{builder.config.name}' lists the task '{twice[0]}' twice in "
-            f"{builder.config.tasks or builder.config.order}; each task is learned once."
-        )
-    if not names:
-        raise ConfigError(
-            f"The stream '{builder.config.name}' has no tasks: stream.tasks is empty."
-        )
-    return names
-
-
-def _check_one_label_space(
+def check_one_label_space(
     stream: str, known: Sequence[tuple[str, tuple[tuple[str, ...], tuple[str, ...]]]]
 ) -> None:
+    """Checks that tasks of the domain-incremental scenario share their labels.
+
+    Args:
+        stream: The stream's name.
+        known: Task and its (label names, answer words), for every task.
+
+    Raises:
+        ConfigError: If a task has others than the first.
+    """
     for name, labels in known[1:]:
         first_name, first = known[0]
         for what, mine, other in zip(("labels", "answer words"), labels, first, strict=True):
@@ -429,42 +312,3 @@ def _check_one_label_space(
                     f"{', '.join(mine) or 'none'}; choose stream.scenario=task or class, or "
                     "stream.tasks that share theirs."
                 )
-
-
-def _finish(loaded: LoadedTask, index: int, config: StreamConfig, contents: Contents) -> Task:
-    """Compares a task's splits, cuts them to size, and makes the task of them."""
-    import datasets
-
-    for split in SPLITS:
-        if not len(loaded.splits[split]):
-            raise ConfigError(f"The {split} split of task '{loaded.name}' has no rows.")
-    digests = {split: content_digests(loaded.splits[split]) for split in SPLITS}
-    first_column = "text" if loaded.labels else "input"
-    texts = {split: loaded.splits[split][first_column] for split in SPLITS}
-    check_disjoint(loaded.name, digests, texts, config.allow_overlap)
-    sizes = (config.max_train, config.max_validation, config.max_test)
-    finished = {}
-    for position, (split, size) in enumerate(zip(SPLITS, sizes, strict=True)):
-        table = loaded.splits[split]
-        contents.add_full_split(table, digests[split])
-        if size is not None and size < len(table):
-            labels = table["label"].to_numpy() if loaded.labels else None
-            # the name, not the position, so that a task's sample is the same in every order
-            seed = (config.seed, position, *loaded.name.encode())
-            table = table.take(sample_rows(labels, size, len(table), seed))
-        finished[split] = datasets.Dataset(
-            table.combine_chunks(), split=split, fingerprint=contents.add_split(split, table)
-        )
-    return Task(
-        name=loaded.name,
-        index=index,
-        train=finished["train"],
-        validation=finished["validation"],
-        test=finished["test"],
-        metric=loaded.metric,
-        labels=loaded.labels,
-        answer_words=loaded.answer_words,
-        instruction=loaded.instruction,
-        input_template=loaded.input_template,
-        chance=config.chance,
-    )

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from clpeft.config import ConfigError
-from clpeft.streams.base import rank_within
 from clpeft.streams.contents import content_digests
+from clpeft.streams.draw import rank_within
 
 if TYPE_CHECKING:
     import pyarrow

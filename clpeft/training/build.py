@@ -23,7 +23,7 @@ from clpeft.peft_methods.base import apply_peft
 from clpeft.peft_methods.carried import take_over
 from clpeft.registry import STRATEGIES
 from clpeft.stopping import StopRequests
-from clpeft.streams.base import build_stream
+from clpeft.streams.build import build_stream
 from clpeft.streams.encoded import EncodedStream, encode_stream
 from clpeft.tracking.base import Observer
 from clpeft.training.accelerator import make_accelerator

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from clpeft.reports.aggregate import Estimate, Leaderboard, Row, leaderboards, settings
+from clpeft.reports.aggregate import Estimate, Leaderboard, Row, leaderboards
+from clpeft.reports.naming import settings
 from clpeft.reports.runs import collect_runs
 
 WriteRun = Callable[..., Path]

@@ -13,7 +13,7 @@ import pytest
 from clpeft.strategies import writing
 from clpeft.strategies.base import Strategy
 from clpeft.strategies.writing import Draft, Writer, tabulated
-from clpeft.streams.base import build_stream
+from clpeft.streams.build import build_stream
 from clpeft.streams.encoded import EncodedTask
 from clpeft.streams.folder import FolderConfig
 from clpeft.streams.tokenize import Encoder, answer_tokens

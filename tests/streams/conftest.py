@@ -15,7 +15,8 @@ from pyarrow import parquet
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from clpeft.streams.base import Stream, build_stream
+from clpeft.streams.base import Stream
+from clpeft.streams.build import build_stream
 from clpeft.streams.folder import FolderConfig
 from clpeft.streams.toy import ToyConfig
 

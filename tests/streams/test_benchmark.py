@@ -17,8 +17,8 @@ from pyarrow import parquet
 
 from clpeft.config import ConfigError
 from clpeft.registry import STREAMS
-from clpeft.streams.base import build_stream, check_stream
 from clpeft.streams.benchmark import BenchmarkConfig
+from clpeft.streams.build import build_stream, check_stream
 
 NAMES = ["yahoo", "dbpedia", "agnews", "amazon"]
 SHIPPED = ("standard_cl", "mbpa", "long_sequence")

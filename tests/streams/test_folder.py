@@ -12,7 +12,8 @@ import pytest
 from pyarrow import parquet
 
 from clpeft.config import ConfigError
-from clpeft.streams.base import Stream, check_stream
+from clpeft.streams.base import Stream
+from clpeft.streams.build import check_stream
 from clpeft.streams.contents import normalise
 from clpeft.streams.folder import FolderConfig
 

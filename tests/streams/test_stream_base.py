@@ -14,8 +14,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from clpeft.config import ConfigError
-from clpeft.streams.base import Stream, build_stream, check_stream, rank_within, sample_rows
+from clpeft.streams.base import Stream
+from clpeft.streams.build import build_stream, check_stream
 from clpeft.streams.contents import content_digest, normalise
+from clpeft.streams.draw import rank_within, sample_rows
 from clpeft.streams.folder import FolderConfig
 from clpeft.streams.toy import ToyConfig, toy_neutral_text
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from clpeft.config import ConfigError
-from clpeft.streams.base import build_stream, check_stream
+from clpeft.streams.build import build_stream, check_stream
 from clpeft.streams.toy import DESKS, FACTORS, OFFICES, ToyConfig, office_rule, toy_neutral_text
 
 KIND_OF_WORD = {
