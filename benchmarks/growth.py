@@ -54,6 +54,7 @@ class Tasks:
             "training.checkpoint.enabled=false",
             "tracking.log_every=1000",
         ]
+        directory.mkdir()
         self.loop = loop_of(config_of([*overrides, *small]), directory)
         self.left = iter(self.loop.run.stream.tasks)
 

@@ -1,8 +1,7 @@
 """Base models built here from their configuration, so that nothing needs a download.
 
 A tokenizer is trained on the stream's own training text and on text that belongs to no task, and
-the model is warmed up as a language model on the latter: without that an adapter has no features to
-adapt.
+the model is warmed up on the latter: without that an adapter has no features to adapt.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from clpeft.config import ConfigError, ModelConfig, WarmupConfig
+from clpeft.config import ConfigError, ModelConfig
+from clpeft.models.warmup import warm_up
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -28,10 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # raised when the way a base is built changes, so that cached ones are not mistaken
-MASKED_SHARE = 0.15  # of tokens, in a masked-language-model warm-up (Devlin et al. 2019)
-WORDS_WEIGHT = 3.0  # of the first token's loss beside that of masked tokens
-COMMON = 50  # a word that is much rarer than this counts no more than one that is as rare
+FORMAT = 3  # raised when the way a base is built changes, so that cached ones are not mistaken
 
 
 def generated_base(config: ModelConfig, stream: Stream, cache_dir: Path) -> Path:
@@ -63,7 +59,7 @@ def generated_base(config: ModelConfig, stream: Stream, cache_dir: Path) -> Path
             torch.manual_seed(config.warmup.seed)
             tokenizer = train_tokenizer(training + neutral, config.warmup.vocabulary)
             model = _from_architecture(config.architecture, tokenizer)
-            _warm_up(model, tokenizer, neutral, config.warmup)
+            warm_up(model, tokenizer, neutral, config.warmup)
         tokenizer.save_pretrained(aside)
         model.save_pretrained(aside)
         try:
@@ -153,62 +149,3 @@ def _from_architecture(
         f"model.architecture.model_type={config.model_type} is no language model that can be "
         f"warmed up; choose an encoder, a decoder or an encoder-decoder."
     )
-
-
-def _warm_up(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    texts: list[str],
-    config: WarmupConfig,
-) -> None:
-    """Language-model training on crops of the running text, AdamW with a linear decay."""
-    ids: list[int] = []
-    for encoded in tokenizer(texts)["input_ids"]:
-        ids += [*encoded, tokenizer.eos_token_id]
-    running = torch.tensor(ids)
-    generator = torch.Generator().manual_seed(config.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 20, 1.0) * (1 - step / max(config.steps, 1))
-    )
-    crop = torch.arange(config.length)
-    rarity = 1 / (torch.bincount(running, minlength=len(tokenizer)) + COMMON)
-    model.train()
-    for _ in range(config.steps):
-        last = max(len(running) - config.length, 1)
-        starts = torch.randint(last, (config.batch_size, 1), generator=generator)
-        block = running[(starts + crop) % len(running)]
-        _loss(model, tokenizer, block, rarity, generator).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    model.eval()
-
-
-def _loss(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    block: Tensor,
-    rarity: Tensor,
-    generator: torch.Generator,
-) -> Tensor:
-    """The warm-up's loss on crops of the running text [B, L], by the model's family."""
-    if model.config.is_encoder_decoder:
-        # prefix language modelling (Raffel et al. 2020, §3.2): the rest follows from the beginning
-        cut = block.shape[1] // 2
-        return model(input_ids=block[:, :cut], labels=block[:, cut:].contiguous()).loss
-    if not type(model).__name__.endswith("ForMaskedLM"):
-        return model(input_ids=block, labels=block).loss
-    masked = torch.rand(block.shape, generator=generator) < MASKED_SHARE
-    masked[:, 0] = False
-    given = block.masked_fill(masked, tokenizer.mask_token_id)
-    given[:, 0] = tokenizer.cls_token_id
-    outputs = model(input_ids=given, labels=block.masked_fill(~masked, -100))
-    # A classifier reads the first token, of which masked tokens ask nothing: it is to know the
-    # words of its text, those above all that not every text has. (BERT has it tell which sentence
-    # follows, for the same reason.)
-    words = block[:, 1:]
-    found = torch.log_softmax(outputs.logits[:, 0], dim=-1).gather(1, words)
-    weights = rarity[words]
-    return outputs.loss - WORDS_WEIGHT * (weights * found).sum() / weights.sum()
