@@ -162,7 +162,8 @@ class WandbConfig:
 class TrackingConfig:
     """Who watches a run; never changes a result."""
 
-    log_every: int = at_least(1)  # optimizer steps
+    # optimizer steps; beside them five steps of every task, evenly spread, are always logged
+    log_every: int = at_least(1)
     console: bool = True
     wandb: WandbConfig = field(default_factory=WandbConfig)
     tensorboard: bool = False

@@ -19,7 +19,7 @@ from clpeft.strategies.base import Evidence
 # of a penalty as a multiple of the task's own loss: more than this leaves little to learn the task
 # by, and less cannot be seen beside it
 TOO_STRONG, TOO_WEAK = 10.0, 1e-4
-# logged steps of a task without which a median says little of it
+# logged steps of a task without which a median says little of it, unless they are all but the first
 STEPS_FOR_MEDIAN = 5
 # logged steps without which it is no wonder that a change of gradients fell between them
 STEPS_FOR_GRADIENTS = 20
@@ -277,7 +277,7 @@ def _strength(exhibit: Exhibit, settings: Settings) -> list[Finding]:
     strong = [
         (a.task, value)
         for a, value, _ in known
-        if value > TOO_STRONG and a.logged >= STEPS_FOR_MEDIAN
+        if value > TOO_STRONG and a.logged >= min(STEPS_FOR_MEDIAN, a.steps - 1)
     ]
     if strong:
         return [_too_strong(exhibit, strong, settings)]

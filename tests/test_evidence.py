@@ -198,6 +198,15 @@ def test_few_logged_steps_say_nothing_of_strength(logged: int, strong: bool) -> 
     assert bool(shown(Evidence.PENALTY, QUIET, task).findings) == strong
 
 
+@pytest.mark.parametrize(("logged", "strong"), [(2, False), (3, True)])
+def test_strength_in_a_task_of_few_steps_is_judged_by_all_but_the_first(
+    logged: int, strong: bool
+) -> None:
+    task = {step: {"x/y": 100.0, "loss/task": 1.0} for step in range(5 - logged, 5)}
+    (exhibit,) = examine(history(QUIET, task, steps=4), {"s": {"x/y": Evidence.PENALTY}}, {"s": {}})
+    assert bool(exhibit.findings) == strong
+
+
 @pytest.mark.parametrize(("largest", "weak"), [(0.99e-4, True), (1e-4, False), (-0.99e-4, True)])
 def test_penalty_that_is_too_weak(largest: float, weak: bool) -> None:
     # it is the largest that counts: a penalty grows from 0 with every task

@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# steps of a task that are logged however seldom others are, spread evenly, the last among them:
+# whether a strategy did anything, and too much of it, is judged by what is logged
+LOOKS = 5
+
 
 @dataclass
 class Course:
@@ -45,6 +49,11 @@ class Course:
     steps: int  # made so far
     total: int
     schedule: Any
+
+    @property
+    def at_a_look(self) -> bool:
+        """Whether a fifth of the task's steps was completed by the latest."""
+        return self.steps * LOOKS // self.total > (self.steps - 1) * LOOKS // self.total
 
 
 class Loop:
@@ -194,7 +203,7 @@ class Loop:
             portions = self._portions(examples, course.steps, per_epoch)
             for micro_batches in islice(portions, steps - course.steps):
                 run.step_of_task = course.steps = course.steps + 1
-                run.logging = (run.step + 1) % log_every == 0 or course.steps == steps
+                run.logging = (run.step + 1) % log_every == 0 or course.at_a_look
                 logs = self._step(micro_batches)
                 logs["train/epoch"] = course.steps / per_epoch
                 run.step += 1
