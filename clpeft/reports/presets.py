@@ -1,4 +1,4 @@
-"""Chosen settings as presets: one YAML per strategy, with the command that found its values."""
+"""Chosen settings as presets: one YAML per strategy, with the commands that found its values."""
 
 from __future__ import annotations
 
@@ -51,11 +51,12 @@ def _write(winner: Winner, metric: str, folder: Path, base: str | None) -> Path:
     names = winner.row.runs[0].strategies
     path = folder / f"{'_'.join(names)}.yaml"
     score = f"{winner.score.text()} (n = {winner.score.n}), the best of {winner.settings}"
-    commands = {_command(run) for run in winner.row.runs}
+    commands = {_command(run) for row in winner.compared for run in row.runs}
     header = [
         "# @package _global_",
         f"# The settings of {winner.strategy} chosen on {SPLIT} data.",
-        f"# {metric}: {score}, found by: {'; '.join(sorted(commands))}",
+        f"# {metric}: {score}, found by:",
+        *(f"#   {command}" for command in sorted(commands)),
         f"# Use: clpeft experiment={folder.name}/{path.stem}",
     ]
     defaults: list[Any] = [] if base is None else [f"/experiment/{base}"]

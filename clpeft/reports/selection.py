@@ -42,10 +42,15 @@ class Winner:
     strategy: str
     row: Row
     score: Estimate
-    settings: int  # how many were compared
+    compared: tuple[Row, ...]  # all settings that it was chosen from, itself among them
     equal: int  # how many others have the same score
     left_out: tuple[str, ...]  # settings that lack a seed or the metric, and so were not compared
     swept: dict[str, str]  # its values of the keys that the compared settings differ in
+
+    @property
+    def settings(self) -> int:
+        """How many were compared."""
+        return len(self.compared)
 
 
 def select(boards: Sequence[Leaderboard], metric: str = RANKED_BY) -> list[Winner]:
@@ -107,7 +112,7 @@ def _winner(board: str, strategy: str, rows: Sequence[Row], metric: str) -> Winn
         strategy=strategy,
         row=best,
         score=best.metrics[metric],
-        settings=len(compared),
+        compared=tuple(compared),
         equal=sum(rank(row)[0] == rank(best)[0] for row in compared) - 1,
         left_out=tuple(row.label for row in rows if row not in compared),
         swept=_swept(best, compared),

@@ -50,8 +50,9 @@ def winners(tmp_path: Path, write_run: Callable[..., Path]) -> list[Winner]:
         )
     runs = collect_runs([tmp_path]).runs
     for run in runs:
-        status = run.directory / "status.json"
-        status.write_text(json.dumps({"status": "completed", "command": COMMAND}))
+        lr = OmegaConf.load(run.directory / "config.yaml").optimizer.lr  # a sweep for each rate
+        state = {"status": "completed", "command": f"{COMMAND} optimizer.lr={lr:g}"}
+        (run.directory / "status.json").write_text(json.dumps(state))
     return select(leaderboards(runs))
 
 
@@ -72,13 +73,17 @@ def test_preset_says_what_found_it_but_not_on_which_machine(
     winners: list[Winner], tmp_path: Path
 ) -> None:
     (path,) = write_presets(winners, "average_accuracy", tmp_path / "chosen")
-    header = path.read_text().splitlines()[:4]
+    header = path.read_text().splitlines()[:6]
 
     assert header == [
         "# @package _global_",
         "# The settings of ewc chosen on validation data.",
-        "# average_accuracy: 0.800 (n = 1), the best of 4, found by: clpeft -m "
-        "experiment=[standard_cl_minilm,tune/ewc] model.path=<folder> seed=0",
+        "# average_accuracy: 0.800 (n = 1), the best of 4, found by:",
+        # both sweeps whose settings were compared, and not the winner's alone
+        "#   clpeft -m experiment=[standard_cl_minilm,tune/ewc] model.path=<folder> seed=0 "
+        "optimizer.lr=0.001",
+        "#   clpeft -m experiment=[standard_cl_minilm,tune/ewc] model.path=<folder> seed=0 "
+        "optimizer.lr=0.002",
         "# Use: clpeft experiment=chosen/ewc",
     ]
 
