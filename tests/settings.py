@@ -115,6 +115,10 @@ STRATEGY_SETTINGS: dict[str, Setting] = {
 VARIANTS: dict[str, tuple[str, ...]] = {
     "replay:separate": ("mixing=separate", "weight=2", "selection=herding"),
     "prioritized_replay:separate": ("mixing=separate", "weight=2", "selection=class_balanced"),
+    "derpp:herding": ("selection=herding",),
+    "ewc:sampled": ("fisher=sampled",),
+    "lwf:live": ("teacher=live",),
+    "quality_control:asking": ("max_loss=3", "min_confidence=0.2", "min_distance=0.001"),
     "gdumb:uncertainty": ("selection=uncertainty", "budget=per_task", "memory_size=16"),
 }
 VARIED = sorted([*STRATEGY_SETTINGS, *VARIANTS])

@@ -28,6 +28,10 @@ _REPLAYING = (
     "the one trains on its memory of all tasks alone, and the other would add earlier tasks to "
     "that once more"
 )
+_GUARDING = (
+    "the one trains on its memory of all tasks alone, and the other guards the loss of earlier "
+    "tasks, which are in that memory already"
+)
 
 
 @dataclass
@@ -57,17 +61,9 @@ class GDumb(EarlyRehearsal):
     owns_adapters = True
     conflicts: ClassVar[dict[str, str]] = {
         **dict.fromkeys(("ewc", "l2", "mas", "online_ewc", "rwalk", "si"), _HOLDING),
+        **dict.fromkeys(("agem", "gem"), _GUARDING),
         **dict.fromkeys(
-            (
-                "agem",
-                "der",
-                "derpp",
-                "er_ace",
-                "gem",
-                "generative_replay",
-                "prioritized_replay",
-                "replay",
-            ),
+            ("der", "derpp", "er_ace", "generative_replay", "prioritized_replay", "replay"),
             _REPLAYING,
         ),
     }

@@ -105,7 +105,9 @@ class QualityControl(Strategy):
 
     def check(self, config: Config) -> None:
         if not any(STRATEGIES[name].target.rehearses for name in config.strategies):
-            partners = [entry.name for entry in STRATEGIES if entry.target.rehearses]
+            kind = config.model.task_type
+            rehearsing = [entry for entry in STRATEGIES if entry.target.rehearses]
+            partners = [e.name for e in rehearsing if kind in e.target.task_types]
             raise ConfigError(
                 f"quality_control screens what a memory keeps or a generator writes, and "
                 f"strategy=[{','.join(config.strategies)}] does neither; combine it with "

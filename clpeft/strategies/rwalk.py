@@ -129,23 +129,19 @@ class RWalk(FollowedPath):
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "anchor": self._anchors.centre,
-            "importance": self._anchors.curvature,
+            **super().state_dict(),
             "fisher": self._fisher,
             "score": self._score,
             "falls": self._falls,
             "departed": self._departed,
             "steps": self._steps,
-            "tasks": self._tasks,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
         device = self._anchors.constant.device
-        self._anchors.centre = moved(state["anchor"], device)
-        self._anchors.curvature = moved(state["importance"], device)
         self._fisher = moved(state["fisher"], device)
         self._score = moved(state["score"], device)
         self._falls = moved(state["falls"], device)
         self._departed = moved(state["departed"], device)
         self._steps = state["steps"]
-        self._tasks = state["tasks"]

@@ -66,16 +66,8 @@ class SI(FollowedPath):
         torch._foreach_zero_(self._integral)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "anchor": self._anchors.centre,
-            "importance": self._anchors.curvature,
-            "integral": self._integral,
-            "tasks": self._tasks,
-        }
+        return {**super().state_dict(), "integral": self._integral}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        device = self._anchors.constant.device
-        self._anchors.centre = moved(state["anchor"], device)
-        self._anchors.curvature = moved(state["importance"], device)
-        self._integral = moved(state["integral"], device)
-        self._tasks = state["tasks"]
+        super().load_state_dict(state)
+        self._integral = moved(state["integral"], self._anchors.constant.device)

@@ -240,13 +240,13 @@ def test_saved_within_an_interval_it_goes_on_alike(regression: Regression) -> No
 def test_first_task_is_followed_too(finished: Callable[..., Outcome]) -> None:
     state = finished("rwalk").state(1)["strategies"]["0"]
 
-    largest = max(float(tensor.max()) for tensor in state["importance"])
+    largest = max(float(tensor.max()) for tensor in state["curvature"])
     # 2 (F̂ + ŝ), each up to 1
     assert 2.0 <= largest <= 4.0
-    assert all(tensor.count_nonzero() > 0 for tensor in state["importance"])
+    assert all(tensor.count_nonzero() > 0 for tensor in state["curvature"])
     # begun anew for the next task
     assert all(tensor.count_nonzero() == 0 for tensor in state["falls"])
     assert all(
         torch.equal(one, other)
-        for one, other in zip(state["departed"], state["anchor"], strict=True)
+        for one, other in zip(state["departed"], state["centre"], strict=True)
     )

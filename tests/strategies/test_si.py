@@ -57,7 +57,7 @@ def test_order_of_strategies_does_not_reach_the_integral(
         outcome = run_it(tiny(names, "stream.num_tasks=2"), tmp_path / names)
         strategies = outcome.state(2)["strategies"]
         states.append(strategies[str(names.split("+").index("si"))])
-    for one, other in zip(states[0]["importance"], states[1]["importance"], strict=True):
+    for one, other in zip(states[0]["curvature"], states[1]["curvature"], strict=True):
         # both pulls are added, in another order: only rounding may differ
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
 
@@ -110,6 +110,6 @@ def test_between_steps_no_more_is_held_than_is_saved(
 def test_first_task_is_followed_too(finished: Callable[..., Outcome]) -> None:
     state = finished("si").state(1)["strategies"]["0"]
 
-    assert all(tensor.count_nonzero() > 0 for tensor in state["importance"])
+    assert all(tensor.count_nonzero() > 0 for tensor in state["curvature"])
     # begun anew for the next task
     assert all(tensor.count_nonzero() == 0 for tensor in state["integral"])
