@@ -7,6 +7,7 @@ import os
 import platform
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -27,9 +28,20 @@ def machine() -> str:
     else:
         threads = torch.get_num_threads()
         many = "s" if threads > 1 else ""
-        where = f"{os.cpu_count()} cores, {threads} thread{many}, {platform.machine()}"
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        where = f"{os.cpu_count()} cores, {threads} thread{many}, {memory:.0f} GiB, {_processor()}"
     packages = ", ".join(f"{name} {known[name]}" for name in ("torch", "transformers", "peft"))
     return f"{where}, {packages}"
+
+
+def _processor() -> str:
+    """Its name where the system tells it, and its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return " ".join([*names[:1], platform.machine()])
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
