@@ -22,8 +22,9 @@ from omegaconf import MISSING
 
 from clpeft.config import ConfigError, nearest
 from clpeft.models.quantize import quiet_bitsandbytes
-from clpeft.models.targets import check_target
+from clpeft.models.targets import CHOICES, check_target
 from clpeft.peft_methods.base import PEFT_TASK_TYPES, PeftMethodConfig
+from clpeft.peft_methods.prefix import PrefixSettings
 from clpeft.peft_methods.wrap import wrap
 from clpeft.registry import PEFT_METHODS
 
@@ -52,11 +53,19 @@ IMPOSSIBLE = {
     "SHADOW": "it replaces the model's forward pass by one of its own",
     "XLORA": "it mixes adapters that were trained before",
 }
+# Types that adapt no linear layers, and what they adapt instead; `auto` leaves it to PEFT.
+NOT_LINEAR = {
+    "ADAPTION_PROMPT": "attention blocks",
+    "LN_TUNING": "norms",
+    "TRAINABLE_TOKENS": "embeddings",
+}
+# Types whose keys and values are put into a cache, as those of `peft=prefix` are.
+CACHED = frozenset({"CARTRIDGE"})
 # Types that trained on int8 and nf4 layers of bitsandbytes 0.50, left the base's bytes as they were
 # and gave the same logits when they were loaded again (PEFT 0.21.2, on a CPU).
 ON_QUANTIZED = frozenset(
-    """BEFT BOFT CARTRIDGE FOURIERFT HIRA LILY LN_TUNING MISS OFT PREFIX_TUNING PROMPT_TUNING PVERA
-    P_TUNING RANDLORA ROAD SHIRA TRAINABLE_TOKENS UNILORA VBLORA VERA WAVEFT""".split()
+    """BEFT BOFT CARTRIDGE FOURIERFT HIRA LILY LN_TUNING MISS OFT PVERA RANDLORA ROAD SHIRA
+    TRAINABLE_TOKENS UNILORA VBLORA VERA WAVEFT""".split()
 )
 
 
@@ -65,12 +74,14 @@ class AnySettings(PeftMethodConfig):
     """Settings of a method that PEFT has."""
 
     type: str = MISSING  # of peft.PeftType, such as VERA
-    # minimal, attention, all-linear, a list of module names, or null: left to PEFT
+    # minimal (also called auto), attention, all-linear, a list of module names, or null: left to
+    # PEFT, as auto does with types that adapt no linear layers
     target: Any = MISSING
     options: Any = None  # fields of PEFT's config of that type
 
     task_types_reason: ClassVar[str | None] = "PEFT trains no head beside it"
     quantized_reason: ClassVar[str] = "is not known to train on other than dense weights"
+    gradient_checkpointing_reason: ClassVar[str] = PrefixSettings.gradient_checkpointing_reason
 
     @property
     def kind(self) -> str:
@@ -84,6 +95,15 @@ class AnySettings(PeftMethodConfig):
     @property
     def supports_quantized(self) -> bool:  # type: ignore[override]
         return self.type in ON_QUANTIZED
+
+    @property
+    def supports_gradient_checkpointing(self) -> bool:  # type: ignore[override]
+        return self.type not in CACHED
+
+    @property
+    def meant(self) -> Any:
+        """`target`, or None where it is left to PEFT."""
+        return None if self.target == "auto" and self.type in NOT_LINEAR else self.target
 
     @property
     def trained_whole(self) -> list[str]:
@@ -114,8 +134,9 @@ class AnySettings(PeftMethodConfig):
                 f"peft.target={self.target} means nothing to peft.type={self.type}, which adapts "
                 f"no modules; set peft.target=null."
             )
-        if self.target is not None:
+        if self.meant is not None:
             check_target(self.target)
+            self._check_not_linear()
         try:
             config_class(self.type)(**options)
         except ValueError as error:
@@ -123,6 +144,16 @@ class AnySettings(PeftMethodConfig):
                 f"peft.options={options} is nothing that PEFT's {self.type} takes: "
                 f"{' '.join(str(error).split()).rstrip('.')}."
             ) from error
+
+    def _check_not_linear(self) -> None:
+        free = self.type != "ADAPTION_PROMPT"  # whose modules PEFT alone knows
+        if self.type not in NOT_LINEAR or (free and self.target not in CHOICES):
+            return
+        raise ConfigError(
+            f"peft.target={self.target} is not for peft.type={self.type}, which adapts "
+            f"{NOT_LINEAR[self.type]}; set peft.target=null, which leaves the choice to PEFT"
+            f"{', or list their names' * free}."
+        )
 
 
 @PEFT_METHODS.register("any", config=AnySettings)
@@ -137,11 +168,18 @@ def apply_any(
     options = config.options or {}
     if config.type == "BOFT" and options.get("boft_n_butterfly_factor", 1) > 1:
         _check_butterflies()
-    kind = config_class(config.type)
+    kind, target = config_class(config.type), config.meant
+    if config.type == "LN_TUNING" and target is not None:
+        # which are no layers that `peft.target` knows otherwise
+        names = [target] if isinstance(target, str) else target
+        _check_norms(model, names)
+        options, target = options | {"target_modules": names}, None
     with warnings.catch_warnings():
         # PEFT misses BOFT's CUDA extension, which one butterfly factor has no use for
         warnings.filterwarnings("ignore", "Failed to load the CUDA extension|Setting boft_n_")
-        adapted = wrap(model, kind, task_type, new, target=config.target, **options)
+        if config.type == "LN_TUNING":
+            warnings.filterwarnings("ignore", "Unsupported layer type")  # as it calls any norm
+        adapted = wrap(model, kind, task_type, new, target, "peft.options.", **options)
     trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
     if all(".modules_to_save." in name for name in trained):
         raise ConfigError(
@@ -162,14 +200,29 @@ def config_class(name: str) -> type[PeftConfig]:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     classes = {kind.value: found for kind, found in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    possible = {n for n in classes if n not in IMPOSSIBLE and n.lower() not in PEFT_METHODS}
+    possible = {n for n in classes if n not in IMPOSSIBLE and own_name(n) is None}
     if name in possible:
         return classes[name]
     if name in IMPOSSIBLE:
         raise ConfigError(f"peft.type={name} cannot be trained here: {IMPOSSIBLE[name]}.")
     if name in classes:
-        raise ConfigError(f"peft.type={name} has settings of its own: choose peft={name.lower()}.")
+        raise ConfigError(
+            f"peft.type={name} has settings of its own: choose peft={own_name(name)}."
+        )
     raise ConfigError(f"peft.type={name} does not exist.{nearest(name.upper(), possible)}")
+
+
+def own_name(peft_type: str) -> str | None:
+    """What a type of PEFT is called in this project where a method with settings of its own has it.
+
+    A third party's method may have the type of one of PEFT's too, which stays what it is.
+    """
+    ours = [entry for entry in PEFT_METHODS if entry.config.__module__.startswith("clpeft.")]
+    kind = peft_type.lower()
+    if any(entry.name == kind for entry in ours):
+        return kind
+    named = (entry.name for entry in ours if entry.config.peft_type == kind)  # type: ignore[attr-defined]
+    return next(named, None)
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -202,6 +255,20 @@ def told(hint: Any) -> str:
 
 def _fields(kind: type[PeftConfig]) -> set[str]:
     return {field.name for field in dataclasses.fields(kind) if field.init}
+
+
+def _check_norms(model: PreTrainedModel, names: Sequence[str]) -> None:
+    """Checks that names are those of norms; PEFT would train whatever is called so, whole."""
+    kinds = {path: type(module).__name__ for path, module in model.named_modules() if path}
+    norms = {path.rpartition(".")[2] for path, kind in kinds.items() if "norm" in kind.lower()}
+    for name in names:
+        found = [kind for path, kind in kinds.items() if f".{path}".endswith(f".{name}")]
+        if not found or any("norm" not in kind.lower() for kind in found):
+            what = "no module" if not found else f"a {found[0]}"
+            raise ConfigError(
+                f"peft.target names '{name}', which is {what} of {type(model).__name__}, but "
+                f"peft.type=LN_TUNING adapts norms; choose among {', '.join(sorted(norms))}."
+            )
 
 
 def _check_butterflies() -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from clpeft.config import ConfigError, above, at_least, between, nearest, one_of
-from clpeft.models.targets import check_target, find_targets
+from clpeft.config import ConfigError, above, at_least, between, one_of
+from clpeft.models.targets import check_target
 from clpeft.peft_methods.base import PeftMethodConfig
 from clpeft.peft_methods.wrap import wrap
 from clpeft.registry import PEFT_METHODS
@@ -71,15 +70,12 @@ def apply_lora(
     """
     from peft import LoraConfig
 
-    _check_layers(model, config.layers_to_transform or [])
-    names = find_targets(model, config.target, new)
-    _check_patterns(model, names, config)
     return wrap(
         model,
         LoraConfig,
         task_type,
         new,
-        target=names,
+        target=config.target,
         r=config.r,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
@@ -104,35 +100,3 @@ def _check_pattern(name: str, pattern: Any, kinds: Mapping[type, str]) -> None:
             f"peft.{name}={pattern} must map ends of modules' paths to {kinds[int]} above 0, as in "
             f"peft.{name}={{v_proj: 16}}."
         )
-
-
-def _check_patterns(model: PreTrainedModel, names: Sequence[str], config: LoraSettings) -> None:
-    """Checks that patterns name modules that are adapted; PEFT passes over those that do not."""
-    adapted = [
-        path
-        for path, _ in model.named_modules()
-        if any(path == name or path.endswith(f".{name}") for name in names)
-    ]
-    patterns = {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
-    for key, pattern in patterns.items():
-        for name in pattern or {}:
-            # as PEFT matches them
-            if not any(re.match(rf"(.*\.)?({name})$", path) for path in adapted):
-                raise ConfigError(
-                    f"peft.{key} names '{name}', which no module that peft.target={config.target} "
-                    f"means is called.{nearest(name, names)}"
-                )
-
-
-def _check_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
-    """Checks that a model has the layers that are named; PEFT passes over others."""
-    from torch import nn
-
-    stacks = [len(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
-    depth = max(stacks, default=0)
-    for layer in layers:
-        if not 0 <= layer < depth:
-            raise ConfigError(
-                f"peft.layers_to_transform names layer {layer}, but {type(model).__name__} has "
-                f"{depth} layers, counted from 0."
-            )

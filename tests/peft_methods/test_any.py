@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, ClassVar, Literal, Union
 
 import pytest
 import torch
@@ -13,8 +15,9 @@ from transformers import PreTrainedModel
 
 from clpeft.config import ConfigError
 from clpeft.models.load import count_parameters
-from clpeft.peft_methods.any import AnySettings, fits, told
-from clpeft.peft_methods.base import apply_peft
+from clpeft.peft_methods.any import ON_QUANTIZED, AnySettings, config_class, fits, told
+from clpeft.peft_methods.base import PeftMethodConfig, apply_peft
+from clpeft.registry import PEFT_METHODS, Entry
 from tests.peft_methods.models import (
     NEW_IN_BERT,
     bert,
@@ -103,13 +106,14 @@ def test_other_types_adapt_the_targets_and_keep_what_is_new(
     assert torch.equal(logits(loaded), logits(adapted))
 
 
-def test_prompts_learn_too() -> None:
-    config = settings("PROMPT_TUNING", target=None, options={"num_virtual_tokens": 3})
+def test_keys_and_values_learn_too() -> None:
+    options = {"num_virtual_tokens": 3, "num_frozen_tokens": 1}
+    config = settings("CARTRIDGE", target=None, options=options)
     config.check()
-    model = apply_peft(bert(), config, "sequence_classification", NEW_IN_BERT)
+    model = apply_peft(llama(), config, "causal_lm", [])
 
-    # three vectors of 16; pooler and classifier
-    assert count_parameters(model)[1] == 3 * 16 + 16 * 16 + 16 + 16 * 3 + 3
+    # in two layers, keys and values of two tokens: two heads of 4
+    assert count_parameters(model)[1] == 2 * 2 * 2 * 2 * 4
 
 
 @pytest.mark.parametrize(
@@ -119,6 +123,10 @@ def test_prompts_learn_too() -> None:
         ("vera", {}, "peft.type=vera does not exist. Did you mean 'VERA'"),
         ("LORA", {}, "peft.type=LORA has settings of its own: choose peft=lora."),
         ("ADALORA", {}, "has settings of its own: choose peft=adalora."),
+        ("PROMPT_TUNING", {}, "has settings of its own: choose peft=prompt."),
+        ("PREFIX_TUNING", {}, "has settings of its own: choose peft=prefix."),
+        ("P_TUNING", {}, "has settings of its own: choose peft=p_tuning."),
+        ("IA3", {}, "has settings of its own: choose peft=ia3."),
         ("POLY", {}, "peft.type=POLY cannot be trained here: its forward pass needs to be told"),
         ("VERA", {"options": [1]}, r"peft.options=\[1\] must be a mapping, such as {r: 8}"),
         (
@@ -149,9 +157,26 @@ def test_prompts_learn_too() -> None:
             "is nothing that PEFT's OFT takes: You can only specify either r",
         ),
         (
-            "PROMPT_TUNING",
+            "CARTRIDGE",
             {"options": {"num_virtual_tokens": 3}},
-            "peft.target=auto means nothing to peft.type=PROMPT_TUNING, .* set peft.target=null",
+            "peft.target=auto means nothing to peft.type=CARTRIDGE, .* set peft.target=null",
+        ),
+        (
+            "LN_TUNING",
+            {"target": "all-linear"},
+            "peft.target=all-linear is not for peft.type=LN_TUNING, which adapts norms; set "
+            "peft.target=null, which leaves the choice to PEFT, or list their names.",
+        ),
+        (
+            "TRAINABLE_TOKENS",
+            {"target": "attention", "options": {"token_indices": [3]}},
+            "peft.target=attention is not for peft.type=TRAINABLE_TOKENS, which adapts embeddings",
+        ),
+        (
+            "ADAPTION_PROMPT",
+            {"target": ["self_attn"]},
+            r"is not for peft.type=ADAPTION_PROMPT, .*; set peft.target=null, which leaves the "
+            r"choice to PEFT\.$",
         ),
     ],
 )
@@ -172,7 +197,50 @@ def test_refused_by_a_type_that_trains_no_head() -> None:
     assert compose(tokens)[1].peft.kind == "trainable_tokens"
 
 
+def test_a_type_that_a_third_partys_method_has_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass
+    class TheirSettings(PeftMethodConfig):
+        peft_type: ClassVar[str] = "loha"
+
+    theirs = Entry("their_loha", None, TheirSettings)
+    monkeypatch.setitem(PEFT_METHODS._entries, "their_loha", theirs)
+    settings("LOHA").check()
+
+
+def allowed_types() -> list[str]:
+    """Types that `peft=any` takes."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    possible = []
+    for kind in PEFT_TYPE_TO_CONFIG_MAPPING:
+        with suppress(ConfigError):
+            config_class(kind.value)
+            possible.append(kind.value)
+    return possible
+
+
+def test_gradient_checkpointing() -> None:
+    """Each type that is allowed was trained so; keys and values that stand in a cache cannot be."""
+    types = allowed_types()
+    assert set(TYPES) | {"CARTRIDGE", "LN_TUNING", "ADAPTION_PROMPT"} <= set(types)
+    refused = {}
+    more = {"TRAINABLE_TOKENS": ("peft.options={token_indices:[3]}",)}
+    for kind in types:
+        target = "null" if kind == "CARTRIDGE" else "auto"
+        how = ("peft=any", f"peft.type={kind}", f"peft.target={target}", *more.get(kind, ()))
+        try:
+            compose([*how, "training.gradient_checkpointing=true"])
+        except ConfigError as error:
+            refused[kind] = str(error)
+    assert refused == {
+        "CARTRIDGE": "peft=cartridge does not work with training.gradient_checkpointing=true, "
+        "because its keys and values are put into a cache, which recomputing does without; set it "
+        "to false."
+    }
+
+
 def test_quantized_bases() -> None:
+    assert set(allowed_types()) >= ON_QUANTIZED
     assert settings("VERA").supports_quantized
     # takes the base's weights apart
     assert not settings("OSF").supports_quantized
@@ -184,6 +252,133 @@ def test_what_peft_refuses_of_a_model() -> None:
         match="PEFT cannot put C3A on LlamaForCausalLM: The block size should be a factor",
     ):
         apply_peft(llama(), settings("C3A", options={"block_size": 5}), "causal_lm", [])
+
+
+def test_what_peft_cannot_do_without() -> None:
+    with pytest.raises(
+        ConfigError,
+        match=r"PEFT cannot put ADAPTION_PROMPT on LlamaForCausalLM: '<' not .*; it may be for "
+        r"want of peft.options.adapter_len, peft.options.adapter_layers\.$",
+    ):
+        apply_peft(llama(), settings("ADAPTION_PROMPT"), "causal_lm", [])
+    # what is given is not named, nor are sizes that PEFT finds itself
+    one = settings("ADAPTION_PROMPT", options={"adapter_layers": 1})
+    with pytest.raises(ConfigError, match=r"for want of peft.options.adapter_len\.$"):
+        apply_peft(llama(), one, "causal_lm", [])
+    with pytest.raises(ConfigError, match=r"for want of peft.options.num_virtual_tokens\.$"):
+        apply_peft(llama(), settings("CARTRIDGE", target=None), "causal_lm", [])
+
+
+@pytest.mark.parametrize("target", ["auto", None])
+def test_norms(target: str | None) -> None:
+    """Not the queries and values that `auto` means elsewhere."""
+    config = settings("LN_TUNING", target=target)
+    config.check()
+    model = apply_peft(llama(), config, "causal_lm", [])
+
+    # two norms in each of two layers and one behind them, of 16 weights
+    assert count_parameters(model)[1] == (2 * 2 + 1) * 16
+    assert all("norm" in name for name in training(model))
+
+
+def test_norms_by_name() -> None:
+    config = settings("LN_TUNING", target=["attention.output.LayerNorm"])
+    config.check()
+    model = apply_peft(bert(), config, "sequence_classification", NEW_IN_BERT)
+    # weights and biases of 16 in two layers; pooler and classifier
+    assert count_parameters(model)[1] == 2 * 2 * 16 + 16 * 16 + 16 + 16 * 3 + 3
+
+    names = "input_layernorm, norm, post_attention_layernorm"
+    for name, what in (("q_proj", "a Linear"), ("layernorm", "no module")):
+        with pytest.raises(ConfigError) as refusal:
+            apply_peft(llama(), settings("LN_TUNING", target=[name]), "causal_lm", [])
+        assert str(refusal.value) == (
+            f"peft.target names '{name}', which is {what} of LlamaForCausalLM, but "
+            f"peft.type=LN_TUNING adapts norms; choose among {names}."
+        )
+    # PEFT knows no norms of BERT's
+    with pytest.raises(
+        ConfigError, match=r"LN_TUNING on BertFor\w+: Please specify peft.target\.$"
+    ):
+        apply_peft(bert(), settings("LN_TUNING"), "sequence_classification", NEW_IN_BERT)
+
+
+def test_tokens() -> None:
+    config = settings("TRAINABLE_TOKENS", options={"token_indices": [3, 7, 8]})
+    config.check()
+    model = apply_peft(llama(), config, "causal_lm", [])
+
+    assert count_parameters(model)[1] == 3 * 16
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        # 5 does not divide 16, and 4 is the next that does
+        (
+            {"oft_block_size": 5},
+            "peft.options.oft_block_size=5 does not divide the input size of every layer that is "
+            "adapted, and PEFT's OFT on LlamaForCausalLM would take 4; set it to a number that "
+            "does.",
+        ),
+        ({"oft_block_size": 0, "r": 7}, "peft.options.r=7 does not divide .* would take 8; set"),
+        # divides 16, and not the 32 of another layer
+        ({"oft_block_size": 24}, "peft.options.oft_block_size=24 does not divide"),
+    ],
+)
+def test_blocks_that_do_not_divide(options: dict[str, Any], message: str) -> None:
+    config = settings("OFT", target="all-linear", options=options)
+    config.check()
+    with pytest.raises(ConfigError, match=message):
+        apply_peft(llama(), config, "causal_lm", [])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (
+            "OSF",
+            {"rank_pattern": {"v_prj": 0.5}},
+            "peft.options.rank_pattern names 'v_prj', which no adapted module of LlamaForCausalLM "
+            "is called. Did you mean 'v_proj'",
+        ),
+        ("LOHA", {"rank_pattern": {"v_proj": 2, "nothing": 4}}, "rank_pattern names 'nothing'"),
+        ("LOKR", {"alpha_pattern": {"o_proj": 4}}, "alpha_pattern names 'o_proj'"),
+        ("HIRA", {"rank_pattern": {"proj": 4}}, "rank_pattern names 'proj'"),
+        ("DELORA", {"lambda_pattern": {"nothing": 4}}, "lambda_pattern names 'nothing'"),
+        (
+            "LOHA",
+            {"layers_to_transform": [0], "rank_pattern": {"layers.1.self_attn.q_proj": 4}},
+            "rank_pattern names 'layers.1.self_attn.q_proj', which no adapted",
+        ),
+        (
+            "LOHA",
+            {"layers_to_transform": [0, 99]},
+            "peft.options.layers_to_transform names layer 99, but LlamaForCausalLM has 2 layers",
+        ),
+        ("LOHA", {"layers_to_transform": 2}, "names layer 2, but LlamaForCausalLM has 2 layers"),
+    ],
+)
+def test_patterns_and_layers_that_fit_nothing(
+    kind: str, options: dict[str, Any], message: str
+) -> None:
+    config = settings(kind, options=options)
+    config.check()
+    with pytest.raises(ConfigError, match=message):
+        apply_peft(llama(), config, "causal_lm", [])
+
+
+def test_patterns_that_fit() -> None:
+    # LoHa has two pairs of matrices in each: q 16 → 16 of rank 4, v 16 → 8 of rank 2, in layer 1
+    options = {"r": 4, "layers_to_transform": 1, "rank_pattern": {"v_proj": 2}}
+    model = apply_peft(llama(), settings("LOHA", options=options), "causal_lm", [])
+    assert count_parameters(model)[1] == 2 * 4 * (16 + 16) + 2 * 2 * (16 + 8)
+
+    # OSF goes by any part of a path: 4 of 16 directions of q train in layer 1, and 8 in layer 0
+    options = {"rank_pattern": {"layers.1": 12}}
+    chosen = settings("OSF", target=["q_proj"], options=options)
+    model = apply_peft(llama(), chosen, "causal_lm", [])
+    assert count_parameters(model)[1] == (8 + 4) * (16 + 16 + 1)
 
 
 def test_layers_that_peft_passes_over() -> None:

@@ -166,6 +166,12 @@ def test_patterns_that_match_nothing(pattern: str) -> None:
         apply_peft(llama(), settings(**{pattern: {"o_proj": 2}}), "causal_lm", [])
 
 
+def test_pattern_of_a_layer_that_is_left_out() -> None:
+    changes = {"layers_to_transform": [0], "rank_pattern": {"layers.1.self_attn.q_proj": 4}}
+    with pytest.raises(ConfigError, match=r"peft\.rank_pattern names 'layers\.1\.self_attn\.q_p"):
+        apply_peft(llama(), settings(**changes), "causal_lm", [])
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -210,6 +216,12 @@ def test_layers_are_those_of_the_stack() -> None:
 def test_layers_that_do_not_exist(layer: int) -> None:
     with pytest.raises(ConfigError, match=f"names layer {layer}, but LlamaForCausalLM has 2 lay"):
         apply_peft(llama(), settings(layers_to_transform=[0, layer]), "causal_lm", [])
+
+
+def test_layer_in_which_nothing_is_adapted() -> None:
+    changes = {"layers_to_transform": [0, 1], "target": ["layers.0.self_attn.q_proj"]}
+    with pytest.raises(ConfigError, match=r"peft\.layers_to_transform names layer 1 of LlamaForCa"):
+        apply_peft(llama(), settings(**changes), "causal_lm", [])
 
 
 def test_biases() -> None:
