@@ -102,6 +102,8 @@ def export(
             f"{target} exists and is not an empty folder; remove it, or name another with --to."
         )
     config = replace(models.base(base), trust_remote_code=trust_remote_code)
+    if merge and serving.adapts:
+        _check_untied(models, source, config)
     aside = target.resolve().with_name(f".{target.resolve().name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -143,6 +145,35 @@ def _check_mergeable(models: Models, adapter: Path, dequantize: bool) -> None:
             f"peft={serving.peft} learns prompts, which the model reads beside its input and which "
             f"cannot be merged into its weights; export the adapter without --merge."
         )
+
+
+def _check_untied(models: Models, adapter: Path, config: ModelConfig) -> None:
+    """Refuses, before weights are loaded, to merge LoRA into weights that two modules share.
+
+    A run adapts the one module, mostly the embedding, and leaves the other as it is.
+    """
+    from peft import LoraConfig, PeftConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    from clpeft.models.load import model_source, skeleton_of
+
+    settings = PeftConfig.from_pretrained(adapter)
+    if not isinstance(settings, LoraConfig):
+        return
+    base = skeleton_of(config, model_source(config, stream_of(models.serving.stream), Path()))
+    for names in base.all_tied_weights_keys.items():
+        tied = [name.rpartition(".")[0] for name in names]
+        if {path.rpartition(".")[2] for path in tied} & set(settings.modules_to_save or ()):
+            continue  # it trains whole, on weights of its own
+        for path, other in (tied, reversed(tied)):
+            if check_target_module_exists(settings, path):
+                name = path.rpartition(".")[2]
+                raise ConfigError(
+                    f"peft.target has {name}, whose weights are tied to those of {other}, which "
+                    f"{name}'s adapter leaves alone: merged, it would change both, and the model "
+                    f"would answer otherwise; export without --merge, or leave {name} out of "
+                    f"peft.target."
+                )
 
 
 def _write_adapter(
@@ -212,11 +243,12 @@ def _write_whole(
     difference = _difference(_logits(again.to(device).eval(), inputs), expected)
     tolerance = max(TOLERANCE[own], TOLERANCE[written])
     if missing or not difference <= tolerance:
+        wider = "" if written == "float32" else "try --dtype float32, or "
         raise RunError(
             f"The merged model does not compute what the run's own does: its logits differ by "
             f"{difference:.1e} of their spread, and {tolerance:g} is what rounding from {own} to "
-            f"{written} may come to. Nothing was written; try --dtype float32, or export the "
-            f"adapter without --merge."
+            f"{written} may come to. Nothing was written; {wider}export the adapter without "
+            f"--merge."
         )
     return replace(whole, path=None, hub_id=None, revision=None), difference
 

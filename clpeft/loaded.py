@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,9 @@ import torch
 from clpeft.config import ConfigError, ModelConfig, RunError
 from clpeft.evaluation.answers import Batchwise, classified, ranked, written
 from clpeft.evaluation.generation import exact_match
+from clpeft.models.adapted import adapter_settings
 from clpeft.models.load import load_model, load_tokenizer, make_objective, model_source
+from clpeft.models.mixed_batches import refuse_mixed_batches
 from clpeft.models.objective import beneath_adapter
 from clpeft.models.own import OwnModelConfig
 from clpeft.models.quantize import dequantized
@@ -52,7 +54,8 @@ class Loaded:
 
     Attributes:
         model: `PeftModel` where the run trained an adapter, and a plain model of transformers where
-            not. Each adapter is called `task_<k>`.
+            not. Each adapter is called `task_<k>`. It has all that are loaded, but for adapters
+            that train biases of the base (`peft.bias`), of which it has the active one.
         tokenizer: Its tokenizer.
         stream: The run's tasks, their labels and prompts; without examples.
         number: How many tasks are behind the active adapter: the number of its own.
@@ -120,7 +123,10 @@ class Loaded:
                 f"of {', '.join(self.tasks)}; load them all with task='{ALL}'."
             )
         if len(self._numbers) > 1:
-            self.model.set_adapter(adapter_name(number))
+            name = adapter_name(number)
+            if name not in self.model.peft_config:
+                _swap(self.model, name, self._models.path(number))
+            self.model.set_adapter(name)
             self.model.requires_grad_(False)  # which PEFT lets the active one train
         self.number = number
         return self
@@ -284,7 +290,10 @@ def assembled(
                 f"{serving.run} was made: its weights differ."
             )
     if not serving.merged:
-        model = _adapted(model, paths) if serving.adapts else _trained(model, *paths.values())
+        if serving.adapts:
+            model = _adapted(model, paths, serving.peft)
+        else:
+            model = _trained(model, *paths.values())
     if config.task_type == "sequence_classification" and not isinstance(config, OwnModelConfig):
         plain = beneath_adapter(model).config
         plain.id2label = dict(enumerate(stream.label_names))
@@ -299,28 +308,60 @@ def adapter_name(number: int) -> str:
     return f"task_{number}"
 
 
-def _adapted(model: PreTrainedModel | PeftModel, paths: dict[int, Path]) -> PeftModel:
-    """A base model with the adapters of some folders."""
+def _adapted(model: PreTrainedModel | PeftModel, paths: dict[int, Path], peft: str) -> PeftModel:
+    """A base model with the adapters of some folders, as far as it holds them together."""
     from peft import PeftModel
 
     register_types()
     (first, folder), *others = paths.items()
-    try:
-        with warnings.catch_warnings():
-            # PEFT goes on with an adapter that lacks weights, which answers, and wrongly
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            adapted = PeftModel.from_pretrained(model, folder, adapter_name=adapter_name(first))
-    except UserWarning as warning:
-        raise RunError(f"The adapter in {folder} is not whole: {warning}") from warning
+    if any(_trains_biases(path) for path in paths.values()):
+        ((first, folder), others) = (list(paths.items())[-1], [])
+    with _whole(folder):
+        adapted = PeftModel.from_pretrained(model, folder, adapter_name=adapter_name(first))
     for number, folder in others:
         try:
-            adapted.load_adapter(folder, adapter_name(number))
+            with _whole(folder):
+                adapted.load_adapter(folder, adapter_name(number))
         except ValueError as error:
             raise ConfigError(
                 f"PEFT does not hold several such adapters at once "
                 f"({str(error).splitlines()[0].rstrip('.')}); load one task at a time."
             ) from error
+    refuse_mixed_batches(adapted, peft)
     return adapted
+
+
+def _trains_biases(adapter: Path) -> bool:
+    """Whether biases of the base are an adapter's own, so that the base has those of one only."""
+    settings = adapter_settings(str(adapter))
+    return settings is not None and settings.get("bias", "none") != "none"
+
+
+def _swap(model: PeftModel, name: str, folder: Path) -> None:
+    """Loads an adapter in the place of the one that a model has.
+
+    Its biases go over those of the other: adapters of one run train the same.
+    """
+    held = dict(model.peft_config)
+    for config in held.values():
+        config.bias = "none"  # else PEFT would not take the other, and it needs one to be there
+    with _whole(folder):
+        model.load_adapter(folder, name, torch_device=str(next(model.parameters()).device))
+    model.set_adapter(name)
+    for other in held:
+        model.delete_adapter(other)
+    model.eval()
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[None]:
+    """Refuses an adapter that lacks weights, with which PEFT would go on, and answer wrongly."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            yield
+    except UserWarning as warning:
+        raise RunError(f"The adapter in {folder} is not whole: {warning}") from warning
 
 
 @torch.no_grad()

@@ -337,17 +337,68 @@ def test_a_method_that_peft_cannot_merge(copied: Path, monkeypatch: pytest.Monke
     assert list((copied / "exports").iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("dtype", "told"),
+    [
+        (None, "0.001 is .*written; export the adapter without --merge"),
+        ("bfloat16", "written; try --dtype float32, or export the adapter without --merge"),
+    ],
+)
 def test_a_model_that_computes_something_else_is_not_written(
-    copied: Path, monkeypatch: pytest.MonkeyPatch
+    copied: Path, monkeypatch: pytest.MonkeyPatch, dtype: str | None, told: str
 ) -> None:
     # unloaded rather than merged: the base without its adapter
     monkeypatch.setattr(module, "_merged", lambda model, peft: model.unload())
 
     with pytest.raises(
-        RunError, match=r"does not compute what the run's own does: its logits diff"
+        RunError, match=rf"does not compute what the run's own does: its logits diff.*{told}"
     ):
-        export(copied, merge=True)
+        export(copied, merge=True, dtype=dtype)
     assert list((copied / "exports").iterdir()) == []
+
+
+# PEFT's own warning of what is refused here
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer")
+def test_a_tied_embedding_is_not_merged_into(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcome = finished("finetune", "peft.target=[embed_tokens,q_proj]")
+    run = outcome.run
+    adapter = export(outcome.directory, to=tmp_path / "adapter")
+    assert torch.equal(logits(loaded_as_told(adapter.folder)[0], run), logits(run.model, run))
+
+    def never(*given: Any) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("clpeft.loaded.assembled", never)
+    with pytest.raises(ConfigError) as refusal:
+        export(outcome.directory, merge=True, to=tmp_path / "merged")
+    assert str(refusal.value) == (
+        "peft.target has embed_tokens, whose weights are tied to those of lm_head, which "
+        "embed_tokens's adapter leaves alone: merged, it would change both, and the model would "
+        "answer otherwise; export without --merge, or leave embed_tokens out of peft.target."
+    )
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+def test_an_embedding_that_is_not_tied_is_merged_into(
+    tiny: Overrides, bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = shutil.copytree(bases("tiny_llama"), tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base, tie_word_embeddings=False)
+    model.lm_head.weight = torch.nn.Parameter(model.get_input_embeddings().weight.detach().clone())
+    model.save_pretrained(base)
+    more = ("peft.target=[embed_tokens,q_proj]", "stream.num_tasks=3", f"model.path={base}")
+    overrides = [option for option in tiny("finetune") if not option.startswith("model.path=")]
+    run = run_it([*overrides, *more], tmp_path / "run").run
+    done = export(tmp_path / "run", merge=True, to=tmp_path / "merged")
+    exported, _ = loaded_as_told(done.folder)
+
+    assert not torch.equal(exported.lm_head.weight, exported.get_input_embeddings().weight)
+    # (E + sBA)[t] against E[t] + s(BA)[t] in float32, through two layers
+    torch.testing.assert_close(logits(exported, run), logits(run.model, run), rtol=1e-4, atol=1e-4)
 
 
 def test_runs_without_an_adapter_leave_their_last_model(tiny: Overrides, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from clpeft.models.quantize import (
 from clpeft.models.virtual_tokens import virtual_tokens
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from clpeft.streams.base import Stream
 
@@ -142,12 +142,6 @@ def load_model(
     Raises:
         ConfigError: If it cannot be loaded, or is stored quantized already.
     """
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForSeq2SeqLM,
-        AutoModelForSequenceClassification,
-    )
-
     if isinstance(config, OwnModelConfig):
         return build_own(config, tokenizer, labels)
     source = whole_source(source)
@@ -155,11 +149,7 @@ def load_model(
     options: dict[str, Any] = {"dtype": _dtype(config.dtype), "output_loading_info": True}
     if config.attention is not None:
         options["attn_implementation"] = config.attention
-    auto: Any = {
-        "causal_lm": AutoModelForCausalLM,
-        "seq2seq_lm": AutoModelForSeq2SeqLM,
-        "sequence_classification": AutoModelForSequenceClassification,
-    }[config.task_type]
+    auto = _auto(config.task_type)
     if config.task_type == "sequence_classification":
         options |= {"num_labels": labels, "ignore_mismatched_sizes": True}
     if quantization.method != "none":
@@ -173,6 +163,34 @@ def load_model(
     if quantization.method != "none":
         model = prepare(model)
     return model, _new_modules(found)
+
+
+def skeleton_of(config: ModelConfig, source: str) -> PreTrainedModel:
+    """What a base model of transformers is made of, without its weights.
+
+    Args:
+        config: The model's settings.
+        source: A folder or a name on the Hub.
+
+    Raises:
+        ConfigError: If there is no such model.
+    """
+    return _loaded(_auto(config.task_type), whole_source(source), config, device_map="meta")
+
+
+def _auto(task_type: str) -> Any:
+    """The class of transformers that loads models for a kind of task."""
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSeq2SeqLM,
+        AutoModelForSequenceClassification,
+    )
+
+    return {
+        "causal_lm": AutoModelForCausalLM,
+        "seq2seq_lm": AutoModelForSeq2SeqLM,
+        "sequence_classification": AutoModelForSequenceClassification,
+    }[task_type]
 
 
 def make_objective(

@@ -41,6 +41,9 @@ class PeftMethodConfig:
     supports_gradient_checkpointing: ClassVar[bool] = True
     gradient_checkpointing_reason: ClassVar[str] = ""  # why not
     supports_own_models: ClassVar[bool] = True  # that are no models of transformers
+    # Whether PEFT runs one batch for several of its adapters (`adapter_names`), each row as that
+    # adapter alone would answer it.
+    supports_mixed_batches: ClassVar[bool] = False
     companion: ClassVar[type[Strategy] | None] = None
     # Strategies it cannot be combined with: name -> the reason, as the end of a sentence.
     conflicts: ClassVar[Mapping[str, str]] = {}

@@ -27,8 +27,26 @@ NO_MATTER = {
     "revision",
     "task_type",
 }
+# how a soft prompt begins, which PEFT does not call init_...
+PROMPT_BEGINS = {
+    "prompt_tuning_init",
+    "prompt_tuning_init_text",
+    "tokenizer_name_or_path",
+    "tokenizer_kwargs",
+}
 # what is compared by the modules that it comes down to
 BY_MODULES = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+
+# what reads init_lora_weights, and with which beginnings its values take out of the base's own
+# weights what the adapter begins as
+LORA = {"lora", "lisa_hybrid"}
+CONVERTIBLE = ("pissa", "corda", "olora", "lora_ga")
+CHANGES_BASE = (*CONVERTIBLE, "loftq")
+CONVERT = (
+    "have PEFT save it anew as plain LoRA, with "
+    "save_pretrained(..., path_initial_model_for_weight_conversion=...), or "
+)
+MERGE = "merge it where it was made (merge_and_unload) and start from the whole model"
 
 
 def check_method(path: str | None, method: PeftMethodConfig) -> None:
@@ -52,6 +70,14 @@ def check_method(path: str | None, method: PeftMethodConfig) -> None:
         raise ConfigError(
             f"peft={method.kind} was asked for, but model.path={path} holds a {kind} adapter; "
             f"choose {right}, or set model.path to its base model."
+        )
+    if there in LORA and _begins(settings.get("init_lora_weights"), CHANGES_BASE):
+        init = settings["init_lora_weights"]
+        raise ConfigError(
+            f"The adapter in model.path={path} was made with init_lora_weights={init}, which "
+            f"changed the weights of its base, so that it does not stand on "
+            f"{settings['base_model_name_or_path']} as that is; "
+            f"{CONVERT if _begins(init, CONVERTIBLE) else ''}{MERGE}."
         )
     if there == "p_tuning" or settings.get("prefix_projection"):
         raise ConfigError(
@@ -132,10 +158,14 @@ def _settings(config: PeftConfig) -> dict[str, Any]:
 
 def _counts(key: str) -> bool:
     """Whether a setting is the adapter's own, and not one of how its training starts or goes."""
-    if key in NO_MATTER | BY_MODULES:
+    if key in NO_MATTER | PROMPT_BEGINS | BY_MODULES:
         return False
     begins = key.startswith("init_") and key != "init_r"  # which is AdaLoRA's rank
     return not begins and not key.endswith("dropout")
+
+
+def _begins(init: bool | str | None, names: tuple[str, ...]) -> bool:
+    return isinstance(init, str) and init.lower().startswith(names)
 
 
 def _targets(config: PeftConfig, path: str) -> bool:

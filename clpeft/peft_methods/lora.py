@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from omegaconf import MISSING
 
@@ -37,6 +37,8 @@ class LoraSettings(PeftMethodConfig):
     # (A ~ N(0, 1/r²) and B = 0) and orthogonal (A and B random with B·A = 0)
     init_lora_weights: str = one_of("default", "gaussian", "orthogonal")
     modules_to_save: list[str] | None = None  # trained whole, beside the task head
+
+    supports_mixed_batches: ClassVar[bool] = True
 
     @property
     def trained_whole(self) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from clpeft.models.virtual_tokens import before_text, places, widened
+from clpeft.tuners.one_adapter import one_adapter
 from clpeft.tuners.types import new_peft_type
 
 LISA_HYBRID = new_peft_type("LISA_HYBRID")
@@ -109,6 +111,9 @@ class LisaHybridModel(LoraModel):
 
     def _check_merge_allowed(self) -> None:
         raise ValueError("A soft prompt cannot be merged into a model's weights.")
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+        return one_adapter("A soft prompt with LoRA", kwargs)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         super()._enable_adapter_layers(enabled)

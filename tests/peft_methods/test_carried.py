@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from clpeft.config import ConfigError, ModelConfig
 from clpeft.launching import check
 from clpeft.models.load import check_model, load_model
+from tests.peft_methods.models import moved as move
 from tests.running import Outcome, build_it, compose, compose_only, run_it, same_bits
 
 Tiny = Callable[..., list[str]]
@@ -150,6 +151,112 @@ def test_another_method_is_refused_before_a_model_is_loaded(
     with pytest.raises(ConfigError, match=match):
         check(compose_only(overrides), tmp_path / "run")
     check(compose_only(tiny("finetune", f"model.path={tmp_path}", peft=made_by)), tmp_path / "run")
+
+
+def pissa(base: str, folder: Path, more: Path | None = None) -> Any:
+    """A trained adapter that took its first weights out of the base's, saved; the model with it.
+
+    With `more` also as PEFT turns it into plain LoRA on the base as it was.
+    """
+    told = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=4,
+        lora_alpha=8,
+        init_lora_weights="pissa",
+        target_modules=["q_proj", "v_proj"],
+    )
+    model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(base), told)
+    model.create_or_update_model_card = lambda folder: None
+    if more is not None:
+        model.peft_config["default"].init_lora_weights = True
+        model.save_pretrained(folder / "initial")
+        model.peft_config["default"].init_lora_weights = "pissa"
+    move(model, 0.1)
+    model.save_pretrained(folder / "pissa")
+    if more is not None:
+        model.save_pretrained(
+            more, path_initial_model_for_weight_conversion=str(folder / "initial")
+        )
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:PiSSA changes the base weights")
+def test_an_adapter_that_changed_its_base_is_refused_and_its_conversion_is_gone_on_with(
+    bases: Callable[[str], Path], tiny: Tiny, tmp_path: Path
+) -> None:
+    base = str(bases("tiny_llama"))
+    model = pissa(base, tmp_path, tmp_path / "plain")
+    # its own base is another than the one in the folder
+    path = "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"
+    own = AutoModelForCausalLM.from_pretrained(base).model.layers[0].self_attn.q_proj.weight
+    assert (model.get_parameter(path) - own).abs().max() > 0.01
+    asked = ("peft.target=[q_proj,v_proj]", "peft.r=4", "peft.alpha=8")
+
+    with pytest.raises(ConfigError) as refusal:
+        check(compose_only(starting_from(tmp_path / "pissa", tiny, *asked)), tmp_path / "run")
+    assert str(refusal.value) == (
+        f"The adapter in model.path={tmp_path / 'pissa'} was made with init_lora_weights=pissa, "
+        f"which changed the weights of its base, so that it does not stand on {base} as that is; "
+        f"have PEFT save it anew as plain LoRA, with "
+        f"save_pretrained(..., path_initial_model_for_weight_conversion=...), or merge it where "
+        f"it was made (merge_and_unload) and start from the whole model."
+    )
+    doubled = ("peft.target=[q_proj,v_proj]", "peft.r=8", "peft.alpha=16")
+    run = build_it(starting_from(tmp_path / "plain", tiny, *doubled), tmp_path / "run")
+    ids = torch.tensor([[5, 9, 17, 40]])
+    expected = model.eval()(input_ids=ids).logits
+    # B·A and what was taken out of the base, added in another order in float32
+    torch.testing.assert_close(
+        run.model.eval()(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("init", "told"),
+    [
+        ("pissa_niter_4", "have PEFT save it anew"),
+        ("corda", "have PEFT save it anew"),
+        ("olora", "have PEFT save it anew"),
+        ("lora_ga", "have PEFT save it anew"),
+        ("loftq", "as that is; merge it where it was made"),
+        ("eva", None),
+        ("gaussian", None),
+        (True, None),
+    ],
+)
+def test_which_beginnings_change_the_base(
+    tiny: Tiny, tmp_path: Path, init: str | bool, told: str | None
+) -> None:
+    base = str(compose(tiny("finetune"))[1].model.path)
+    (tmp_path / "adapter_model.safetensors").touch()
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps(
+            {"peft_type": "LORA", "base_model_name_or_path": base, "init_lora_weights": init}
+        )
+    )
+    overrides = compose_only(tiny("finetune", f"model.path={tmp_path}"))
+
+    if told is None:
+        check(overrides, tmp_path / "run")
+        return
+    with pytest.raises(ConfigError, match=rf"made with init_lora_weights={init}, .*{told}"):
+        check(overrides, tmp_path / "run")
+
+
+@pytest.mark.parametrize("method", ["prompt", "lisa_hybrid"])
+def test_a_prompt_may_have_begun_otherwise(
+    finished: Callable[..., Outcome], tiny: Tiny, tmp_path: Path, method: str
+) -> None:
+    made_by = ("peft.init=text", "peft.init_text='which desk gets this'")
+    outcome = finished("finetune", *SHORT, *made_by, peft=method)
+    (folder,) = (outcome.directory / "adapters").glob("2_*")
+    for more in (("peft.init=random",), ("peft.init=vocabulary",), ("peft.init=text", made_by[1])):
+        overrides = [o for o in tiny("finetune", *more, peft=method) if "model.path=" not in o]
+        run = build_it([*overrides, f"model.path={folder}"], tmp_path / more[0])
+        assert same_bits({n: p.detach() for n, p in run.trainable.items()}, outcome.trainable)
+    fewer = ("peft.num_virtual_tokens=2", f"model.path={folder}")
+    with pytest.raises(ConfigError, match=r"\(num_virtual_tokens is \d there and 2 here\)"):
+        build_it([*overrides, *fewer], tmp_path / "fewer")
 
 
 def test_a_head_over_other_labels_is_refused(
