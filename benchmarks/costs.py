@@ -98,7 +98,7 @@ def model_overrides(model: str) -> list[str]:
 
 def table(model: str, wanted: str) -> Iterator[str]:
     """The lines of one model's table, in Markdown, as they are measured."""
-    yield "| | step | asked at most | around a task | kept | of the adapter | peak memory |"
+    yield "| | step | asked at most | around a task | kept | of what trains | peak memory |"
     yield "|---|---|---|---|---|---|---|"
     with tempfile.TemporaryDirectory() as folder:
 
@@ -119,7 +119,7 @@ def table(model: str, wanted: str) -> Iterator[str]:
             peak = cost["peak_memory_bytes"] / apart["peak_memory_bytes"]
             yield (
                 f"| {entry.label} | {interval(steps)} × | {limit} | {around:.2f} × | "
-                f"{second:.0f}, {third:.0f} KiB | {third * 1024 / cost['adapter_bytes']:.1f} × | "
+                f"{second:.0f}, {third:.0f} KiB | {third * 1024 / cost['trained_bytes']:.1f} × | "
                 f"{peak:.2f} × |"
             )
 

@@ -85,17 +85,17 @@ def main() -> None:
             given = [*RUN, f"model.path={folder}", *overrides]
             plain = trained_apart(given)
             less = trained_apart([*given, "training.gradient_checkpointing=true"])
-            base, adapter, peak, lower = (
+            base, trains, peak, lower = (
                 f"{cost[key] / 2**30:.2f} GiB"
                 for cost, key in (
                     (plain, "base_bytes"),
-                    (plain, "adapter_bytes"),
+                    (plain, "trained_bytes"),
                     (plain, "peak_memory_bytes"),
                     (less, "peak_memory_bytes"),
                 )
             )
             speed = plain["steps_per_second"]
-            out(f"| {label} | {base} | {adapter} | {peak} | {lower} | {speed:.2f} |")
+            out(f"| {label} | {base} | {trains} | {peak} | {lower} | {speed:.2f} |")
 
 
 if __name__ == "__main__":

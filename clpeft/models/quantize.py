@@ -176,11 +176,32 @@ def number_of_weights(parameter: Any) -> int:
 
 
 def base_bytes(model: nn.Module) -> int:
-    """What the frozen weights take, with the scales and levels that a quantized one needs."""
+    """What the base's frozen weights take, with the scales and levels that a quantized one needs.
+
+    Args:
+        model: With an adapter or without. What an adapter brings is not counted, be it frozen.
+    """
+    from peft import PeftModel
+
     trained = {parameter.data_ptr() for parameter in model.parameters() if parameter.requires_grad}
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    wrappers = tuple(_wrappers(base))
     frozen = {
         tensor.data_ptr(): tensor.nbytes
-        for name, tensor in model.state_dict().items()
+        for name, tensor in base.state_dict().items()
         if not name.endswith(DESCRIPTIONS)
+        and all(name.startswith(inside) or not name.startswith(of) for of, inside in wrappers)
     }
     return sum(size for place, size in frozen.items() if place not in trained)
+
+
+def _wrappers(base: nn.Module) -> Iterator[tuple[str, str]]:
+    """How the names of an adapter's modules begin, and those of what is the base's in each."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    for name, module in base.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            yield f"{name}.", f"{name}.base_layer."
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            yield f"{name}.", f"{name}.original_module."

@@ -314,7 +314,8 @@ def _cost(runs: Sequence[Run], baseline: Sequence[Run]) -> dict[str, float]:
     cost: dict[str, float] = {}
     for name in (
         *("train_seconds", "strategy_seconds", "evaluation_seconds", "total_seconds"),
-        *("seconds_per_step", "steps_per_second", "adapter_bytes", "base_bytes"),
+        *("seconds_per_step", "steps_per_second"),
+        *("trained_bytes", "adapter_bytes", "base_bytes"),
     ):
         values = [run.cost[name] for run in runs if run.cost.get(name) is not None]
         if values:

@@ -336,13 +336,21 @@ def _parse_run(
         references=content.get("references") or {},
         metrics=metrics,
         undefined=undefined,
-        cost=content.get("cost") or {},
+        cost=_cost(content),
         parameters=content.get("parameters") or {},
         environment=content.get("environment") or {},
         warnings=_warnings(content),
         config=config,
         status=status,
     )
+
+
+def _cost(content: dict[str, Any]) -> dict[str, Any]:
+    """The costs; earlier versions called `adapter_bytes` what all that trains takes."""
+    cost = dict(content.get("cost") or {})
+    if "trained_bytes" not in cost and "adapter_bytes" in cost:
+        cost["trained_bytes"] = cost.pop("adapter_bytes")
+    return cost
 
 
 def _warnings(content: dict[str, Any]) -> tuple[Warned, ...]:

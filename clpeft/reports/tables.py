@@ -22,6 +22,7 @@ COSTS = (
     "step_ratio",
     "peak_memory_bytes",
     "state_bytes",
+    "trained_bytes",
     "adapter_bytes",
     "base_bytes",
 )

@@ -7,6 +7,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clpeft.models.adapted import WEIGHTS
+
 if TYPE_CHECKING:
     from clpeft.streams.encoded import EncodedTask
     from clpeft.training.run import Run
@@ -34,6 +36,25 @@ def save_adapter(run: Run, task: EncodedTask, directory: Path) -> None:
         _save(run, task, folder)
     shutil.rmtree(whole, ignore_errors=True)
     folder.rename(whole)
+
+
+def saved_bytes(directory: Path) -> int | None:
+    """What the tensors of the latest adapter take that a run has written.
+
+    Args:
+        directory: The run directory.
+
+    Returns:
+        Bytes, without the file's header; None where no adapter was written.
+    """
+    folders = (directory / "adapters").glob("[0-9]*_*")
+    latest = max(folders, key=lambda folder: int(folder.name.partition("_")[0]), default=None)
+    if latest is None:
+        return None
+    file = latest / WEIGHTS[0]
+    with file.open("rb") as content:  # safetensors: the header's length, the header, the tensors
+        header = int.from_bytes(content.read(8), "little")
+    return file.stat().st_size - 8 - header
 
 
 def _save(run: Run, task: EncodedTask, folder: Path) -> None:

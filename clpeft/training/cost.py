@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from clpeft.models.quantize import base_bytes
+from clpeft.training.adapters import saved_bytes
 
 if TYPE_CHECKING:
     from clpeft.training.run import Run
@@ -82,7 +83,8 @@ class Cost:
             "peak_memory_bytes": self.peak_memory,
             "state_bytes": self.state_bytes,
             "facts": self.facts,
-            "adapter_bytes": sum(p.nbytes for p in run.trainable.values()),
+            "trained_bytes": sum(p.nbytes for p in run.trainable.values()),
+            "adapter_bytes": saved_bytes(Path(run.directory)),
             "base_bytes": base_bytes(run.model),
         }
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -107,6 +108,26 @@ def test_all_that_is_to_train_does_and_nothing_else(
     assert outcome.results["parameters"]["trainable"] == sum(
         p.numel() for p in outcome.trainable.values()
     )
+
+
+@pytest.mark.parametrize(("name", "model"), cells(NAMES))
+def test_bytes_are_those_on_the_disk_and_of_the_plain_base(
+    finished: Finished, bases: Bases, name: str, model: str
+) -> None:
+    outcome = finished("finetune", *SHORT, model=model, peft=name)
+    cost = outcome.results["cost"]
+
+    assert cost["trained_bytes"] == sum(p.nbytes for p in outcome.trainable.values())
+    if name in WHOLE:
+        assert cost["adapter_bytes"] is None
+        assert cost["base_bytes"] == 0
+        return
+    (file,) = (outcome.directory / "adapters").glob("2_*/*.safetensors")
+    assert cost["adapter_bytes"] == sum(tensor.nbytes for tensor in load_file(file).values())
+    labels = len(outcome.run.stream.stream.label_names)
+    more = {"num_labels": labels} if model == "tiny_bert" else {}
+    plain = AUTO[TASK_TYPES[model]].from_pretrained(bases(model), **more)
+    assert cost["base_bytes"] == sum(parameter.nbytes for parameter in plain.parameters())
 
 
 @pytest.mark.parametrize(("name", "model"), cells(ADAPTERS))

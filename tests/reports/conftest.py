@@ -115,6 +115,8 @@ def write_run(tmp_path: Path) -> WriteRun:
                 "peak_memory_bytes": (seed + 1) * 2**20,
                 "state_bytes": [0, 1024, 2048],
                 "steps_per_second": 5.0,
+                "trained_bytes": 40_000,
+                "adapter_bytes": 3000 + 3000 * seed,
                 "base_bytes": 2 * 2**20,
             },
             "parameters": {"total": 1_000_000, "trainable": 10_000, "percent": 1.0},

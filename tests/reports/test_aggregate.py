@@ -154,9 +154,18 @@ def test_costs(sweep: Path) -> None:
     assert cost["train_seconds"] == pytest.approx(61)  # 60, 61, 62
     assert cost["peak_memory_bytes"] == 3 * 2**20
     assert cost["state_bytes"] == 2048  # after the last task
+    assert (cost["trained_bytes"], cost["adapter_bytes"]) == (40_000, 6000)  # 3000, 6000, 9000
     assert cost["step_ratio"] == pytest.approx(2.0)  # 1.5 and 2.5; seed 2 has no partner
     assert cost["seconds_per_step"] == pytest.approx((0.15 + 0.5 + 9) / 3)
     assert "step_ratio" not in found["finetune"].cost
+
+
+def test_whole_models_have_no_bytes_of_an_adapter(tmp_path: Path, write_run: WriteRun) -> None:
+    cost = {"trained_bytes": 40_000, "adapter_bytes": None, "base_bytes": 0}
+    write_run(["finetune"], 0, [[0.2], [0.8]], cost=cost)
+
+    found = rows(one_board(tmp_path))["finetune"].cost
+    assert found == {"trained_bytes": 40_000, "base_bytes": 0}
 
 
 def test_best_is_never_a_bound_and_knows_the_direction(sweep: Path) -> None:

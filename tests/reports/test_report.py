@@ -107,6 +107,7 @@ def test_the_page(sweep: Path) -> None:
         "5.0 s",
         "3.0 MiB",
         "2.0 MiB",
+        "5.9 KiB",
         "2.0 KiB",
         "10,000",
     ] in page.rows

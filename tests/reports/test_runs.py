@@ -61,6 +61,16 @@ def test_the_same_directory_given_twice_is_read_once(sweep: Path) -> None:
     assert found.notes == []
 
 
+def test_bytes_as_earlier_versions_called_them(tmp_path: Path, write_run: WriteRun) -> None:
+    """They had what trains under the name of the adapter's, and no other."""
+    write_run(["finetune"], 0, [[0.2], [0.8]], name="old", cost={"adapter_bytes": 300})
+    both = {"trained_bytes": 300, "adapter_bytes": 700}
+    write_run(["finetune"], 1, [[0.2], [0.8]], name="new", cost=both)
+
+    found = {run.seed: run.cost for run in collect_runs([tmp_path]).runs}
+    assert found == {0: {"trained_bytes": 300}, 1: both}
+
+
 def test_a_copied_run_is_counted_once_and_named(sweep: Path, tmp_path: Path) -> None:
     original = next(sweep.glob("toy/ewc-*"))
     copy = tmp_path / "zcopy" / original.name

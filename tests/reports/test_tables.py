@@ -45,6 +45,8 @@ def test_leaderboard_csv(sweep: Path, tmp_path: Path) -> None:
     assert replay["intransigence_n"] == "2"
     assert float(replay["step_ratio"]) == pytest.approx(2.0)
     assert float(replay["state_bytes"]) == 2048
+    assert float(replay["trained_bytes"]) == 40_000
+    assert float(replay["adapter_bytes"]) == 6000
     assert replay["baseline"] == "finetune"
     # undefined is empty, and one seed has no interval
     assert lines["joint"]["forgetting"] == ""

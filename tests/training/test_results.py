@@ -7,7 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+from safetensors.torch import save_file
+
 from clpeft.models.weights import weights_digest
+from clpeft.training.adapters import saved_bytes
 from clpeft.training.results import find_references
 
 ALONE = [[0.25, 0.25], [0.9, 0.3], [0.9, 0.8]]
@@ -46,6 +51,36 @@ def test_several_references_are_none(tmp_path: Path) -> None:
     leave(tmp_path, "joint-s0-e", TOGETHER)
 
     assert find_references(tmp_path, "same", 0, "b") == {"joint": [0.7, 0.6]}
+
+
+def test_bytes_are_of_the_latest_adapter(finished: Callable[..., Any]) -> None:
+    cost = finished("olora").results["cost"]
+
+    # a rank of 8 on each of three tasks, of which one trains
+    assert cost["adapter_bytes"] == 3 * cost["trained_bytes"]
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+def test_bytes_of_embeddings_that_are_saved_beside_the_adapter(
+    finished: Callable[..., Any],
+) -> None:
+    outcome = finished("finetune", "stream.num_tasks=1", "peft.target=[embed_tokens,q_proj]")
+    cost = outcome.results["cost"]
+    embeddings = outcome.run.model.get_input_embeddings().base_layer.weight
+
+    assert cost["adapter_bytes"] == cost["trained_bytes"] + 4 * embeddings.numel()
+
+
+def test_latest_adapter_is_the_one_of_the_highest_number(tmp_path: Path) -> None:
+    assert saved_bytes(tmp_path) is None
+    sizes = {"9_i": 9, "10_j": 10, ".11_k.part": 11}  # the last was not written to its end
+    for folder, size in sizes.items():
+        (tmp_path / "adapters" / folder).mkdir(parents=True)
+        file = tmp_path / "adapters" / folder / "adapter_model.safetensors"
+        save_file({"weight": torch.zeros(size), "bias": torch.zeros(2).bfloat16()}, file)
+
+    assert saved_bytes(tmp_path) == 4 * 10 + 2 * 2
 
 
 def test_digest_is_of_all_that_was_trained(finished: Callable[..., Any]) -> None:
