@@ -8,6 +8,7 @@ from typing import Any
 
 from clpeft.config import Config, ConfigError, nearest
 from clpeft.models.own import check_own
+from clpeft.models.quantize import QUANTIZATIONS
 from clpeft.peft_methods.base import PeftMethodConfig
 from clpeft.processes import sharding, world_size
 from clpeft.registry import STRATEGIES
@@ -116,14 +117,25 @@ def check_combination(config: Config) -> None:
         )
 
 
+def _check_quantized(peft: PeftMethodConfig, method: str) -> None:
+    if method == "none" or peft.trains_on(method):
+        return
+    others = [name for name in QUANTIZATIONS if name != "none" and peft.trains_on(name)]
+    if others:
+        raise ConfigError(
+            f"peft={peft.kind} is not known to train on a base that quantization={method} stores; "
+            f"use quantization={' or '.join(['none', *others])}."
+        )
+    raise ConfigError(
+        f"peft={peft.kind} {peft.quantized_reason}, which quantization={method} does not keep; use "
+        f"quantization=none."
+    )
+
+
 def _check_peft(config: Config) -> None:
     peft = config.peft
     _check_task_type(config, f"peft={peft.kind}", peft)
-    if not peft.supports_quantized and config.quantization.method != "none":
-        raise ConfigError(
-            f"peft={peft.kind} {peft.quantized_reason}, which quantization="
-            f"{config.quantization.method} does not keep; use quantization=none."
-        )
+    _check_quantized(peft, config.quantization.method)
     if peft.companion is not None:
         _check_processes(f"peft={peft.kind}", peft.companion)
     if config.training.gradient_checkpointing and not peft.supports_gradient_checkpointing:

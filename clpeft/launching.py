@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from clpeft.composition import settle
 from clpeft.config import Config, ConfigError
 from clpeft.machine import check_machine
-from clpeft.models.quantize import quiet_bitsandbytes
+from clpeft.models.quantize import quiet_quantization
 from clpeft.processes import is_main
 from clpeft.rundir import RunDirectory, job_id
 from clpeft.slurm import requeue_if_asked
@@ -173,7 +173,7 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    quiet_bitsandbytes()
+    quiet_quantization()
     # names that transformers is about to drop: peft asks by one, and older releases know no other
     for name in ("is_gradient_checkpointing", "gradient_checkpointing_enable"):
         warnings.filterwarnings("ignore", message=f"`{name}` is deprecated")

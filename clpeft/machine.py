@@ -17,13 +17,14 @@ def check_machine(config: Config) -> None:
     Raises:
         ConfigError: If something is missing.
     """
+    from clpeft.models.quantize import QUANTIZATIONS
     from clpeft.training.optim import EIGHT_BIT
 
     name, method = config.optimizer.name, config.quantization.method
     if method != "none":
-        _check_bitsandbytes(f"quantization={method}")
+        _check_package(QUANTIZATIONS[method].package, f"quantization={method}")
     if name in EIGHT_BIT:
-        _check_bitsandbytes(f"optimizer={name}")
+        _check_package("bitsandbytes", f"optimizer={name}")
     if name == "paged_adamw_8bit" and not _has_gpu():
         raise ConfigError(
             "optimizer=paged_adamw_8bit moves what a GPU has no room for to the host's memory, and "
@@ -43,10 +44,10 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _check_bitsandbytes(switch: str) -> None:
-    if find_spec("bitsandbytes") is None:
+def _check_package(package: str, switch: str) -> None:
+    if find_spec(package) is None:
         raise ConfigError(
-            f"{switch} needs the package bitsandbytes, which is not installed: "
+            f"{switch} needs the package {package}, which is not installed: "
             f"pip install 'clpeft[quantization]'."
         )
 

@@ -155,7 +155,18 @@ def build_it(overrides: Sequence[str], directory: Path) -> Run:
 
 def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     """Whether two sets of named tensors are equal, bit by bit."""
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    return one.keys() == other.keys() and all(equal(one[name], other[name]) for name in one)
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Whether two tensors are equal, bit by bit; torchao's are compared part by part."""
+    if type(one).__name__ != "Int8Tensor":
+        return torch.equal(one, other)
+    assert type(other) is type(one)
+    (names, _), (others, _) = one.__tensor_flatten__(), other.__tensor_flatten__()
+    return names == others and all(
+        torch.equal(getattr(one, name), getattr(other, name)) for name in names
+    )
 
 
 def same_run(resumed: Outcome, whole: Outcome) -> None:

@@ -282,7 +282,14 @@ def test_base_that_has_moved(copied: Path, finished: Finished, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("model", "method"), [("tiny_llama", "nf4"), ("tiny_bert", "nf4"), ("tiny_t5", "int8")]
+    ("model", "method"),
+    [
+        ("tiny_llama", "nf4"),
+        ("tiny_bert", "nf4"),
+        ("tiny_t5", "int8"),
+        ("tiny_llama", "torchao_int8"),
+        ("tiny_bert", "torchao_int8"),
+    ],
 )
 def test_quantized_base(finished: Finished, tmp_path: Path, model: str, method: str) -> None:
     outcome = finished("finetune", f"quantization={method}", model=model)

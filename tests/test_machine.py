@@ -29,16 +29,24 @@ def refusal(*overrides: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "switch", ["quantization=nf4", "quantization=int8", "optimizer=adamw_8bit"]
+    ("switch", "package"),
+    [
+        ("quantization=nf4", "bitsandbytes"),
+        ("quantization=int8", "bitsandbytes"),
+        ("quantization=torchao_int8", "torchao"),
+        ("optimizer=adamw_8bit", "bitsandbytes"),
+    ],
 )
-def test_missing_package(monkeypatch: pytest.MonkeyPatch, switch: str) -> None:
-    check_machine(compose([switch])[1])
-    monkeypatch.setattr(machine, "find_spec", lambda name: None)
+def test_missing_package(monkeypatch: pytest.MonkeyPatch, switch: str, package: str) -> None:
+    missing = {package}
+    monkeypatch.setattr(machine, "find_spec", lambda name: None if name in missing else machine)
 
     assert refusal(switch) == (
-        f"{switch} needs the package bitsandbytes, which is not installed: "
+        f"{switch} needs the package {package}, which is not installed: "
         f"pip install 'clpeft[quantization]'."
     )
+    missing = {"bitsandbytes", "torchao"} - {package}
+    check_machine(compose([switch])[1])
 
 
 @pytest.mark.parametrize(

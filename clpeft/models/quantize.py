@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from omegaconf import MISSING
 
-from clpeft.config import at_least, one_of
+from clpeft.config import ConfigError, at_least, one_of
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,8 @@ class QuantizationConfig:
     """How the frozen base is stored."""
 
     method: str = MISSING
+
+    package: ClassVar[str] = "bitsandbytes"  # which it needs
 
     def told(self, skeleton: PreTrainedModel, kept: Sequence[str]) -> Any:
         """What `from_pretrained` takes as `quantization_config`.
@@ -74,23 +77,42 @@ class NF4Config(QuantizationConfig):
         )
 
 
+@dataclass
+class TorchAOInt8Config(QuantizationConfig):
+    """8 bits per weight and a scale per row, inputs in floating point (torchao)."""
+
+    package: ClassVar[str] = "torchao"
+
+    def told(self, skeleton: PreTrainedModel, kept: Sequence[str]) -> Any:
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        return TorchAoConfig(
+            Int8WeightOnlyConfig(), modules_to_not_convert=_paths_beside(skeleton, kept)
+        )
+
+
 QUANTIZATIONS: dict[str, type[QuantizationConfig]] = {
     "none": QuantizationConfig,
     "int8": Int8Config,
     "nf4": NF4Config,
+    "torchao_int8": TorchAOInt8Config,
 }
 
 
 NOT_QUANTIZED = QuantizationConfig("none")
 
 
-def quiet_bitsandbytes() -> None:
-    """Leaves it its errors.
+def quiet_quantization() -> None:
+    """Leaves the packages that quantize their errors.
 
-    It says of each product that its inputs are rounded to 16 bits, and as it is imported which of
-    its kernels a machine has no package for.
+    bitsandbytes says of each product that its inputs are rounded to 16 bits, and as it is imported
+    which of its kernels a machine has no package for. torchao, which PEFT imports wherever it is
+    installed, says which of its kernels are for another machine, and makes PyTorch say that it
+    registers types as it need not any more.
     """
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def kept_whole(skeleton: PreTrainedModel, new: Sequence[str], named: Sequence[str]) -> list[str]:
@@ -138,6 +160,40 @@ def _misread(skeleton: PreTrainedModel, kept: Sequence[str]) -> list[str]:
     return found
 
 
+def _paths_beside(skeleton: PreTrainedModel, kept: Sequence[str]) -> list[str]:
+    """Paths of the linear layers that torchao is to leave in floating point.
+
+    transformers compares what it is told to keep with the paths of weights, which end otherwise
+    than those of modules: names that modules only end in would go unheard.
+
+    Args:
+        skeleton: The model, its weights not needed.
+        kept: Names or paths of modules.
+
+    Raises:
+        ConfigError: If no layer is left that torchao can quantize.
+    """
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    kept = [*kept, *(skeleton._keep_in_fp32_modules or ())]
+    within = re.compile(rf"(.*\.)?({'|'.join(map(re.escape, kept))})(\..*)?")
+    layers = [path for path, module in skeleton.named_modules() if isinstance(module, nn.Linear)]
+    beside = [path for path in layers if within.fullmatch(path)]
+    transposed = [p for p, module in skeleton.named_modules() if isinstance(module, Conv1D)]
+    if len(beside) == len(layers):
+        raise ConfigError(
+            f"quantization=torchao_int8 finds no linear layer in {type(skeleton).__name__} that it "
+            f"could store in 8 bits; use quantization=int8 or none."
+        )
+    if transposed:
+        log.warning(
+            "%d layers stay in floating point: torchao does not quantize transposed ones (%s, ...)",
+            *(len(transposed), transposed[0]),
+        )
+    return beside
+
+
 def prepare(model: PreTrainedModel) -> PreTrainedModel:
     """Gets a quantized model ready to train an adapter on.
 
@@ -155,17 +211,58 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
         if layer.bias is not None:
             # as the first forward pass would, which would change the base while it trains
             layer.bias.data = layer.bias.data.to(layer.compute_dtype)
+    if _torchao_layers(model):
+        _in_float32(model)
     return model
+
+
+def _in_float32(model: nn.Module) -> None:
+    """Has a model of torchao's compute in float32, as PEFT has those of bitsandbytes."""
+    import torch
+
+    for parameter in model.parameters():
+        if parameter.dtype in (torch.bfloat16, torch.float16) and not _is_torchao(parameter):
+            parameter.data = parameter.data.float()
+    for layer in _torchao_layers(model):
+        old = layer.weight
+        # the same bytes, which from now on stand for float32
+        new = type(old)(old.qdata, old.scale, old.block_size, torch.float32, old.zero_point)
+        layer.weight = torch.nn.Parameter(new, requires_grad=False)
 
 
 def dequantized(model: PreTrainedModel) -> PreTrainedModel:
     """A quantized model in floating point, with the weights that rounding has left of its own."""
-    dtype = model.config.dtype
-    return model.dequantize().to(dtype)
+    from torch import nn
+
+    dtype, layers = model.config.dtype, _torchao_layers(model)
+    if not layers:
+        return model.dequantize().to(dtype)
+    for layer in layers:  # which transformers cannot do for torchao's
+        layer.weight = nn.Parameter(layer.weight.dequantize(), requires_grad=False)
+    model.hf_quantizer.remove_quantization_config(model)
+    return model.to(dtype)
 
 
 def _four_bit_layers(model: nn.Module) -> Iterator[Any]:
     return (module for module in model.modules() if type(module).__name__ == "Linear4bit")
+
+
+def _torchao_layers(model: nn.Module) -> list[Any]:
+    from torch import nn
+
+    return [m for m in model.modules() if isinstance(m, nn.Linear) and _is_torchao(m.weight)]
+
+
+def _is_torchao(tensor: Tensor) -> bool:
+    return type(tensor).__name__ == "Int8Tensor"
+
+
+def not_broadcast(model: nn.Module) -> list[str]:
+    """Names of the parameters that DDP is not to send from the first process to the others.
+
+    It cannot send torchao's. They are the same bytes everywhere, and frozen.
+    """
+    return [name for name, parameter in model.named_parameters() if _is_torchao(parameter)]
 
 
 def number_of_weights(parameter: Any) -> int:
@@ -187,10 +284,11 @@ def base_bytes(model: nn.Module) -> int:
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     wrappers = tuple(_wrappers(base))
     frozen = {
-        tensor.data_ptr(): tensor.nbytes
+        part.data_ptr(): part.nbytes
         for name, tensor in base.state_dict().items()
         if not name.endswith(DESCRIPTIONS)
         and all(name.startswith(inside) or not name.startswith(of) for of, inside in wrappers)
+        for part in _parts(tensor)
     }
     return sum(size for place, size in frozen.items() if place not in trained)
 
@@ -205,3 +303,10 @@ def _wrappers(base: nn.Module) -> Iterator[tuple[str, str]]:
             yield f"{name}.", f"{name}.base_layer."
         elif isinstance(module, AuxiliaryTrainingWrapper):
             yield f"{name}.", f"{name}.original_module."
+
+
+def _parts(tensor: Any) -> list[Tensor]:
+    """What a tensor is stored as: torchao's are weights, scales and zero points."""
+    if not _is_torchao(tensor):
+        return [tensor]
+    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]

@@ -21,7 +21,7 @@ from typing import (
 from omegaconf import MISSING
 
 from clpeft.config import ConfigError, nearest
-from clpeft.models.quantize import quiet_bitsandbytes
+from clpeft.models.quantize import quiet_quantization
 from clpeft.models.targets import CHOICES, check_target
 from clpeft.peft_methods.base import PEFT_TASK_TYPES, PeftMethodConfig
 from clpeft.peft_methods.prefix import PrefixSettings
@@ -67,6 +67,9 @@ ON_QUANTIZED = frozenset(
     """BEFT BOFT CARTRIDGE FOURIERFT HIRA LILY LN_TUNING MISS OFT PVERA RANDLORA ROAD SHIRA
     TRAINABLE_TOKENS UNILORA VBLORA VERA WAVEFT""".split()
 )
+# Likewise on torchao's, 0.18: HIRA multiplies the base's weight entry by entry, which torchao does
+# not, and others take it for the plain layer that it is not with bitsandbytes.
+ON_TORCHAO = ON_QUANTIZED - {"HIRA"} | {"C3A", "GRALORA", "LOHA", "LOKR"}
 
 
 @dataclass
@@ -95,6 +98,9 @@ class AnySettings(PeftMethodConfig):
     @property
     def supports_quantized(self) -> bool:  # type: ignore[override]
         return self.type in ON_QUANTIZED
+
+    def trains_on(self, quantization: str) -> bool:
+        return self.type in (ON_TORCHAO if quantization == "torchao_int8" else ON_QUANTIZED)
 
     @property
     def supports_gradient_checkpointing(self) -> bool:  # type: ignore[override]
@@ -195,7 +201,7 @@ def config_class(name: str) -> type[PeftConfig]:
     Raises:
         ConfigError: If there is none of that name, or it is not for `peft=any`.
     """
-    quiet_bitsandbytes()  # which PEFT imports
+    quiet_quantization()  # which PEFT imports
     import peft  # noqa: F401  fills the mapping
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 

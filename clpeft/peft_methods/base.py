@@ -58,6 +58,14 @@ class PeftMethodConfig:
         """The method's name, for messages, results and what strategies declare."""
         return self.method
 
+    def trains_on(self, quantization: str) -> bool:
+        """Whether it trains on a base that is stored so.
+
+        Args:
+            quantization: As `quantization.method`, other than none.
+        """
+        return self.supports_quantized
+
     @property
     def trained_whole(self) -> list[str]:
         """Names of the base's modules that train whole; they are not quantized."""

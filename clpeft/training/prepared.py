@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from clpeft.models.quantize import not_broadcast
+
 if TYPE_CHECKING:
     from clpeft.training.run import Run
 
@@ -26,6 +28,7 @@ def prepare(run: Run) -> None:
     Args:
         run: At the beginning of a task, its optimizer made.
     """
+    run.model._ddp_params_and_buffers_to_ignore = not_broadcast(run.model)  # type: ignore[assignment]
     run.prepared, run.optimizer = run.accelerator.prepare(run.model, run.optimizer)
     if run.config.training.compile:
         torch._dynamo.config.recompile_limit = RECOMPILED_AT_MOST

@@ -82,7 +82,13 @@ EIGHT_BIT = ("optimizer=adamw_8bit", "optimizer.lr=5e-3", "peft.modules_to_save=
 
 @pytest.mark.parametrize(
     "more",
-    [("quantization=nf4",), ("quantization=int8",), EIGHT_BIT, ("quantization=nf4", *EIGHT_BIT)],
+    [
+        ("quantization=nf4",),
+        ("quantization=int8",),
+        ("quantization=torchao_int8",),
+        EIGHT_BIT,
+        ("quantization=nf4", *EIGHT_BIT),
+    ],
     ids=lambda more: " ".join(option.partition("=")[2] for option in more[:2]),
 )
 def test_killed_with_few_bits(

@@ -77,7 +77,8 @@ def together(
             if signalled_at is not None and rank == processes - 1:
                 signal_in_step(signalled_at)
             outcome = run_it(overrides, directory, interrupted=signalled_at is not None)
-            weights = {name: value.contiguous() for name, value in outcome.after.items()}
+            plain = {n: value for n, value in outcome.after.items() if type(value) is torch.Tensor}
+            weights = {name: value.contiguous() for name, value in plain.items()}
             save_file(weights, directory / f"rank{rank}.safetensors")
             states = [memory_rows(s.state_dict()) for s in outcome.run.strategies]
             (directory / f"rank{rank}.json").write_text(json.dumps(states))
@@ -119,6 +120,22 @@ def memory_rows(state: dict[str, Any]) -> list[float]:
         return []
     notes = [value for note in memory["notes"].values() for value in note.flatten().tolist()]
     return [*memory["arrow"].tolist(), *memory["generator"].tolist(), *notes]
+
+
+def test_two_processes_on_weights_of_torchaos(
+    finished: Finished, tiny: Overrides, tmp_path: Path
+) -> None:
+    asked = (*COMPARABLE, "quantization=torchao_int8")
+    one = finished("ewc", *asked)
+    ranks = together(tiny("ewc", *asked), tmp_path)
+
+    assert ranks[0]["weights"].keys() == ranks[1]["weights"].keys() >= one.trainable.keys()
+    for parameter, value in one.trainable.items():
+        first, second = (rank["weights"][parameter] for rank in ranks)
+        assert torch.equal(first, second)
+        # sums in another order, carried through 16 steps
+        torch.testing.assert_close(first, value, rtol=1e-3, atol=1e-5)
+        assert not torch.equal(first, one.before[parameter])
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from tests.running import build_it, compose_only, run_it, same_bits
 from tests.settings import STRATEGY_SETTINGS, models_of
 
 NAMES = sorted(STRATEGY_SETTINGS)
-KINDS = ("nf4", "int8")
+KINDS = ("nf4", "int8", "torchao_int8")
 
 Overrides = Callable[..., list[str]]
 
@@ -100,7 +100,7 @@ def test_only_what_trains_has_gradients_and_optimizer_state(
 
 # How far a step's loss may be from the one on a base that is not quantized. 4 bits leave 16 levels
 # to each block of 64 weights, an error of a tenth of the weights' spread; 8 bits of a hundredth.
-CLOSE = {"nf4": 0.1, "int8": 0.03}
+CLOSE = {"nf4": 0.1, "int8": 0.03, "torchao_int8": 0.03}
 
 
 def test_loss_falls_as_on_a_base_that_is_not_quantized(wide: Overrides, tmp_path: Path) -> None:
@@ -117,6 +117,7 @@ def test_loss_falls_as_on_a_base_that_is_not_quantized(wide: Overrides, tmp_path
                 "none": 482560,
                 "nf4": 212408,
                 "int8": 241408,
+                "torchao_int8": 242560,
             }[kind]
         )
 

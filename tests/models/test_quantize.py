@@ -11,6 +11,7 @@ import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import PeftModel
 from torch import Tensor, nn
+from torchao.quantization import Int8Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,7 +26,9 @@ from clpeft.models.quantize import (
     Int8Config,
     NF4Config,
     QuantizationConfig,
+    TorchAOInt8Config,
     base_bytes,
+    dequantized,
 )
 from clpeft.peft_methods.base import apply_peft
 from tests.peft_methods.test_lora import settings as lora
@@ -37,8 +40,13 @@ Overrides = Callable[..., list[str]]
 NF4 = NF4Config("nf4", double_quantization=True, compute_dtype="float32")
 SINGLE = NF4Config("nf4", double_quantization=False, compute_dtype="float32")
 INT8 = Int8Config("int8", threshold=6.0)
+TORCHAO = TorchAOInt8Config("torchao_int8")
 NONE = QuantizationConfig("none")
-KINDS = {"nf4": (NF4, Linear4bit), "int8": (INT8, Linear8bitLt)}
+KINDS = {
+    "nf4": (NF4, Linear4bit),
+    "int8": (INT8, Linear8bitLt),
+    "torchao_int8": (TORCHAO, nn.Linear),  # whose weight is a tensor of torchao's
+}
 SIZES = {
     "hidden_size": 64,
     "num_hidden_layers": 1,
@@ -70,7 +78,12 @@ def load(
 
 
 def quantized(model: nn.Module) -> set[str]:
-    return {n for n, m in model.named_modules() if isinstance(m, (Linear4bit, Linear8bitLt))}
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (Linear4bit, Linear8bitLt))
+        or (isinstance(module, nn.Linear) and isinstance(module.weight, Int8Tensor))
+    }
 
 
 # A small Llama: two layers of four matrices 64 × 64 and three of 64 × 128, and in float32 600
@@ -81,6 +94,8 @@ BYTES = {
     "none": (NONE, 4 * WEIGHTS + FLOATING),
     # a byte per weight and, for each row, a scale in float32
     "int8": (INT8, WEIGHTS + 4 * 2 * (4 * 64 + 2 * 128 + 64) + FLOATING),
+    # the same, and a zero point in a byte per row, which is 0
+    "torchao_int8": (TORCHAO, WEIGHTS + 5 * 2 * (4 * 64 + 2 * 128 + 64) + FLOATING),
     # half a byte per weight and for each 64 a scale in float32; 16 levels for each of 14 matrices
     "nf4, single": (SINGLE, WEIGHTS // 2 + 4 * WEIGHTS // 64 + 14 * 4 * 16 + FLOATING),
     # the scales in a byte each, with one scale in float32 for up to 256 of them and 256 levels
@@ -259,7 +274,8 @@ def test_what_is_not_quantized_computes_in_float32(bases: Bases, kind: str) -> N
     settings = lora()
     model = apply_peft(model, settings, "sequence_classification", new)
 
-    stored = {"nf4": torch.uint8, "int8": torch.int8}[kind]
+    # a tensor of torchao's tells what it stands for
+    stored = {"nf4": torch.uint8, "int8": torch.int8, "torchao_int8": torch.float32}[kind]
     assert {p.dtype for p in model.parameters()} == {torch.float32, stored}
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
@@ -329,6 +345,8 @@ LEVELS = torch.tensor(
 def by_hand(layer: Any) -> Tensor:
     """The weights that a quantized layer stands for, from its stored bytes."""
     weight = layer.weight
+    if isinstance(weight, Int8Tensor):
+        return weight.qdata.float() * weight.scale
     if isinstance(layer, Linear8bitLt):
         scales = weight.SCB if weight.SCB is not None else layer.state.SCB
         return weight.data.float() * scales[:, None] / 127
@@ -338,6 +356,75 @@ def by_hand(layer: Any) -> Tensor:
     # doubly quantized: each scale is one of 256 levels times the scale of its block, plus a mean
     scales = state.state2.code[state.absmax.long()] * state.state2.absmax[0] + state.offset
     return (LEVELS[places].view(-1, 64) * scales[:, None]).view(layer.out_features, -1)
+
+
+# how exactly the scale of a row is computed, from weights that are so stored
+EPS = {"float32": 2**-23, "bfloat16": 2**-8}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_torchao_rounds_to_the_nearest_of_255_steps(bases: Bases, dtype: str) -> None:
+    """Each row by itself, to multiples of its largest weight's 127.5th part."""
+    folder = bases("wide_llama")
+    model, plain = load(folder, TORCHAO, dtype=dtype)[0], load(folder, NONE, dtype=dtype)[0]
+    layers = quantized(model)
+    assert len(layers) == 14
+
+    for name in layers:
+        stored, weight = model.get_submodule(name).weight, plain.get_submodule(name).weight.float()
+        largest = weight.abs().amax(dim=1, keepdim=True)
+        torch.testing.assert_close(stored.scale, largest / 127.5, rtol=EPS[dtype], atol=0)
+        assert stored.qdata.dtype == torch.int8
+        assert not stored.zero_point.any()
+        error = (stored.dequantize() - weight).abs() / stored.scale
+        assert error[stored.qdata.abs() < 127].max() <= 0.5001
+        # a row's largest would be 127.5 steps, and is rounded to 127
+        assert error.max() <= 0.5001 + 127.5 * EPS[dtype]
+        assert torch.equal(stored.dequantize(), by_hand(model.get_submodule(name)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dequantized_model_of_torchao_has_the_rounded_weights(bases: Bases, dtype: str) -> None:
+    folder = bases("wide_llama")
+    model, _ = load(folder, TORCHAO, dtype=dtype)
+    names = quantized(model)
+    expected = {name: by_hand(model.get_submodule(name)) for name in names}
+    model = dequantized(model)
+
+    assert quantized(model) == set()
+    assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
+    assert same_bits(
+        {name: model.get_submodule(name).weight for name in names},
+        {name: weight.to(getattr(torch, dtype)) for name, weight in expected.items()},
+    )
+    assert not hasattr(model.config, "quantization_config")
+
+
+def test_layers_that_torchao_keeps_whole_are_those_that_are_named(tmp_path: Path) -> None:
+    """By the ends of their paths, at a dot; what is within them too."""
+    parts = {"d_model": 64, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 4}
+    special = {"vocab_size": 40, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+    folder = saved(tmp_path, "t5", AutoModelForSeq2SeqLM, **parts, **special)
+    first = ("EncDecAttention", "SelfAttention.k", "i")
+    model, _ = load(folder, TORCHAO, "seq2seq_lm", whole=first)
+
+    linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    # T5's wo is kept whole by transformers, the head because it answers
+    kept = {"lm_head", *(n for n in linear if n.endswith(".wo") or "EncDecAttention" in n)}
+    kept |= {n for n in linear if n.endswith("SelfAttention.k")}
+    assert linear - quantized(model) == kept
+    assert any(n.endswith(".wi") for n in quantized(model))
+
+
+def test_transposed_layers_are_nothing_that_torchao_quantizes(tmp_path: Path) -> None:
+    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 4, "vocab_size": 40, "n_positions": 32}
+    folder = saved(tmp_path, "gpt2", AutoModelForCausalLM, **sizes)
+    with pytest.raises(ConfigError) as refusal:
+        load(folder, TORCHAO)
+    assert str(refusal.value) == (
+        "quantization=torchao_int8 finds no linear layer in GPT2LMHeadModel that it could store in "
+        "8 bits; use quantization=int8 or none."
+    )
 
 
 def test_adapter_of_a_quantized_base_loads_on_one_once(

@@ -246,6 +246,33 @@ def test_quantized_bases() -> None:
     assert not settings("OSF").supports_quantized
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "method", "others"),
+    [
+        ("HIRA", "{r: 4}", "torchao_int8", "none or int8 or nf4"),
+        ("LOHA", "{r: 4}", "nf4", "none or torchao_int8"),
+    ],
+)
+def test_types_that_train_on_some_quantized_bases_only(
+    kind: str, options: str, method: str, others: str
+) -> None:
+    asked = ("peft=any", f"peft.type={kind}", f"peft.options={options}")
+    with pytest.raises(ConfigError) as refusal:
+        compose([*asked, f"quantization={method}"])
+    assert str(refusal.value) == (
+        f"peft={kind.lower()} is not known to train on a base that quantization={method} stores; "
+        f"use quantization={others}."
+    )
+    for other in others.split(" or "):
+        assert compose([*asked, f"quantization={other}"])[1].quantization.method == other
+
+
+def test_types_that_train_on_no_quantized_base() -> None:
+    for method in ("nf4", "int8", "torchao_int8"):
+        with pytest.raises(ConfigError, match=rf"which quantization={method} does not keep; use"):
+            compose(["peft=any", "peft.type=OSF", f"quantization={method}"])
+
+
 def test_what_peft_refuses_of_a_model() -> None:
     with pytest.raises(
         ConfigError,

@@ -92,8 +92,13 @@ def test_batches_give_what_a_loop_over_examples_gives(
 # either, and so may inputs in 8 bits, which are rounded too.
 @pytest.mark.parametrize(
     ("quantization", "tolerance"),
-    [(("nf4", "quantization.compute_dtype=float32"), 1e-3), (("nf4",), 5e-3), (("int8",), 0.05)],
-    ids=["nf4", "nf4, bfloat16", "int8"],
+    [
+        (("nf4", "quantization.compute_dtype=float32"), 1e-3),
+        (("nf4",), 5e-3),
+        (("int8",), 0.05),
+        (("torchao_int8",), 1e-3),
+    ],
+    ids=["nf4", "nf4, bfloat16", "int8", "torchao_int8"],
 )
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_bert"])
 def test_batches_give_the_same_on_a_quantized_base(

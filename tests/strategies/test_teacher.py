@@ -90,7 +90,7 @@ def test_tied_weights_are_replaced_everywhere(tiny: Overrides, tmp_path: Path) -
     assert not torch.allclose(found, before, atol=0.1)
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "torchao_int8"])
 def test_teacher_over_a_quantized_base(
     tiny: Overrides, bases: Fixture, tmp_path: Path, quantization: str
 ) -> None:
