@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clpeft.config import Config, ConfigError, nearest
 from clpeft.models.own import check_own
 from clpeft.models.quantize import QUANTIZATIONS
-from clpeft.peft_methods.base import PeftMethodConfig
 from clpeft.processes import sharding, world_size
 from clpeft.registry import STRATEGIES
 from clpeft.strategies.base import Strategy, defines
+
+if TYPE_CHECKING:
+    from clpeft.peft_methods.base import PeftMethodConfig
 
 
 def check_fields(node: Any, path: str) -> None:
