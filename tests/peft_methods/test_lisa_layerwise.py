@@ -410,7 +410,7 @@ def test_path_integral_stands_still_while_a_layer_is_off(turns: Overrides, tmp_p
     # the layers that were on in the first task have gained importance by it, and no others
     state = outcome.state(1)["strategies"]["0"]
     gained = {
-        layer_of(n) for n, w in zip(outcome.trainable, state["importance"], strict=True) if w.any()
+        layer_of(n) for n, w in zip(outcome.trainable, state["curvature"], strict=True) if w.any()
     }
     assert gained == {None}.union(*(step.on for step in steps[:8]))
 
